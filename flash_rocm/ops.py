@@ -1,0 +1,223 @@
+"""torch.library operators: schemas, fakes, autograd, and the one place that calls a back end.
+
+Imports torch and leaves only, so that the operators exist before anything is traced.  Schemas and
+fakes are the same for every back end; which one runs is decided inside the operator, at run time.
+Gradients flow to q, k and v, from both ``out`` and ``softmax_lse``.
+
+Eager calls on plain tensors skip the dispatcher, whose boxed Python path takes several times as
+long on the host as the launch itself.  Both ways run the same three functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from flash_rocm import backends, runtime
+from flash_rocm.problem import AttentionInputs, AttentionProblem, accumulate_dtype, lse_shape
+
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "
+    "Tensor? rng_state, Tensor? block_table"
+)
+# backend: "" reads the environment when the operator runs, so that compiled graphs do not freeze it.
+_SCALARS = (
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, SymInt window_left, SymInt window_right, "
+    "float softcap, float dropout_p, bool deterministic, bool needs_grad, str backend"
+)
+_NUM_TENSORS = 8
+
+_library = torch.library.Library("flash_rocm", "DEF")
+_library.define(f"attention_forward({_TENSORS}, {_SCALARS}) -> (Tensor out, Tensor softmax_lse)")
+_library.define(
+    f"attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor softmax_lse, {_TENSORS}, {_SCALARS})"
+    " -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+_library.define(f"attention_probs(Tensor softmax_lse, {_TENSORS}, {_SCALARS}) -> Tensor")
+
+
+def problem_of(inputs: AttentionInputs, scalars: tuple[Any, ...]) -> AttentionProblem:
+    """Describe a call, given the tensors and the scalars of an operator (schema order)."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    max_q, max_k, scale, left, right, softcap, dropout_p, deterministic, needs_grad, _ = scalars
+    varlen = inputs.cu_seqlens_q is not None
+    return AttentionProblem(
+        q.dtype,
+        q.device.type,
+        inputs.cu_seqlens_q.shape[0] - 1 if inputs.cu_seqlens_q is not None else q.shape[0],
+        max_q,
+        max_k,
+        q.shape[-2],
+        k.shape[-2],
+        q.shape[-1],
+        v.shape[-1],
+        scale,
+        left,
+        right,
+        softcap,
+        dropout_p,
+        varlen,
+        inputs.alibi_slopes is not None,
+        k.shape[1] if inputs.block_table is not None else 0,
+        deterministic,
+        needs_grad,
+    )
+
+
+# Building and deciding take longer on the host than launching a small kernel, and repeat for every
+# call of a layer: remember them by the facts they depend on.
+_decided: dict[tuple[Any, ...], tuple[AttentionProblem, backends.Backend]] = {}
+_DECIDED_MAX = 4096
+
+
+def _decide(args: tuple[Any, ...]) -> tuple[AttentionProblem, backends.Backend]:
+    """The problem and its back end, for operator arguments in schema order."""
+    q, k, v, cu_seqlens_q, _, alibi_slopes, _, block_table, *scalars = args
+    request = scalars[-1] or runtime.requested_backend()
+    batch_entries = None if cu_seqlens_q is None else cu_seqlens_q.shape
+    absent = (alibi_slopes is None, block_table is None)
+    key = (request, q.shape, k.shape, v.shape, q.dtype, q.device, batch_entries, absent, *scalars)
+    found = _decided.get(key)
+    if found is None:
+        problem = problem_of(AttentionInputs(*args[:_NUM_TENSORS]), tuple(scalars))
+        name = backends.select(problem, runtime.arch_of(q.device), request)
+        runtime.log_once(f"back end {name} for {problem.dtype} on {q.device.type}")
+        if len(_decided) >= _DECIDED_MAX:
+            _decided.clear()
+        found = _decided[key] = (problem, backends.load(name))
+    return found
+
+
+def _is_empty(problem: AttentionProblem, inputs: AttentionInputs) -> bool:
+    """Nothing to attend to or nobody to attend: no kernel is launched."""
+    return inputs.q.numel() == 0 or inputs.k.numel() == 0 or problem.seqlen_q == 0 or problem.seqlen_k == 0
+
+
+def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = AttentionInputs(*args[:_NUM_TENSORS])
+    problem, backend = _decide(args)
+    if _is_empty(problem, inputs):
+        q = inputs.q
+        lse = q.new_full(lse_shape(q), float("-inf"), dtype=accumulate_dtype(q.dtype))
+        return q.new_zeros((*q.shape[:-1], problem.headdim_v)), lse
+    return backend.forward(problem, inputs)
+
+
+def _forward_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    q, v = args[0], args[2]
+    lse = q.new_empty(lse_shape(q), dtype=accumulate_dtype(q.dtype))
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
+
+
+def _backward(
+    dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, softmax_lse: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = AttentionInputs(*args[:_NUM_TENSORS])
+    problem, backend = _decide(args)
+    if _is_empty(problem, inputs):
+        return tuple(x.new_zeros(x.shape) for x in (inputs.q, inputs.k, inputs.v))  # type: ignore[return-value]
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    return backend.backward(problem, inputs, out, softmax_lse, dout, dlse)
+
+
+def _backward_fake(
+    dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, softmax_lse: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(x.new_empty(x.shape) for x in args[:3])  # type: ignore[return-value]
+
+
+def _probs(softmax_lse: torch.Tensor, *args: Any) -> torch.Tensor:
+    inputs = AttentionInputs(*args[:_NUM_TENSORS])
+    problem, backend = _decide(args)
+    if _is_empty(problem, inputs):
+        return inputs.q.new_zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
+    return backend.probs(problem, inputs, softmax_lse)
+
+
+def _probs_fake(softmax_lse: torch.Tensor, *args: Any) -> torch.Tensor:
+    q, cu_seqlens_q, max_seqlen_q, max_seqlen_k = args[0], args[3], args[_NUM_TENSORS], args[_NUM_TENSORS + 1]
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    return q.new_empty((batch, q.shape[-2], max_seqlen_q, max_seqlen_k))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    # Undefined gradients stay None: a softmax_lse that nobody differentiates costs nothing.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
+    ctx.scalars = inputs[_NUM_TENSORS:]
+
+
+def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
+    *tensors, out, softmax_lse = ctx.saved_tensors
+    unused = (None,) * (_NUM_TENSORS - 3 + len(ctx.scalars))
+    if dout is None and dlse is None:
+        return (None, None, None, *unused)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    backward = _backward if _is_plain(dout, out, softmax_lse) else torch.ops.flash_rocm.attention_backward.default
+    return (*backward(dout, dlse, out, softmax_lse, *tensors, *ctx.scalars), *unused)
+
+
+class _Attention(torch.autograd.Function):
+    """Autograd of the direct path; the dispatched path registers the same two functions."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output = _forward(*args)
+        _setup_context(ctx, args, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        return _autograd(ctx, *gradients)
+
+
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_plain(*tensors: torch.Tensor) -> bool:
+    """No subclass, dispatch mode, functorch transform or tracer that should see the operator."""
+    for x in tensors:
+        if type(x) not in _PLAIN_TYPES:
+            return False
+    return not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+
+
+def attention_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and softmax_lse, differentiable; arguments in the order of the schema."""
+    if torch.compiler.is_compiling() or not _is_plain(args[0], args[1], args[2]):
+        return torch.ops.flash_rocm.attention_forward.default(*args)
+    needs_grad = args[-2]
+    return _Attention.apply(*args) if needs_grad else _forward(*args)
+
+
+def attention_probs(*args: Any) -> torch.Tensor:
+    """S_dmask, not differentiable; arguments in the order of the schema."""
+    return torch.ops.flash_rocm.attention_probs.default(*args)
+
+
+def _no_vmap(name: str) -> Any:
+    def refuse(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise NotImplementedError(
+            f"flash_rocm::{name}: torch.func.vmap is not supported. "
+            "Hint: attention is batched already, fold the mapped dim into the batch."
+        )
+
+    return refuse
+
+
+for _name, _impl, _fake in (
+    ("attention_forward", _forward, _forward_fake),
+    ("attention_backward", _backward, _backward_fake),
+    ("attention_probs", _probs, _probs_fake),
+):
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flash_rocm::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(f"flash_rocm::{_name}", _no_vmap(_name), lib=_library)
+
+torch.library.register_autograd(
+    "flash_rocm::attention_forward", _autograd, setup_context=_setup_context, lib=_library
+)

@@ -1,0 +1,142 @@
+"""The frozen description of one attention call that crosses every layer.
+
+A leaf: imports torch only.  The operators build an :class:`AttentionProblem` from the tensors they
+receive, back ends read nothing else to decide whether and how to run, and :class:`AttentionInputs`
+carries the tensors beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+
+#: Windows and lengths stay below this, so that sums of two of them fit in 32 bits.
+MAX_SEQLEN = 1 << 30
+
+
+class AttentionInputs(NamedTuple):
+    """Tensors of one call.
+
+    Dense: ``q`` (batch, seqlen_q, nheads, headdim), ``k`` (batch, seqlen_k, nheads_k, headdim),
+    ``v`` (batch, seqlen_k, nheads_k, headdim_v).  Varlen: ``q`` (total_q, nheads, headdim), ``k``
+    and ``v`` likewise with total_k, or, when paged, (num_pages, page_size, nheads_k, headdim).
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None = None  # (batch + 1,) int32, varlen only
+    cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,) int32, varlen only
+    alibi_slopes: torch.Tensor | None = None  # (nheads,) or (batch, nheads) float32
+    rng_state: torch.Tensor | None = None  # (2,) int64: Philox seed and offset, dropout only
+    block_table: torch.Tensor | None = None  # (batch, max_pages) int32, paged only
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttentionProblem:
+    """Everything that selection and launch may depend on, and no tensor.
+
+    ``window_left``/``window_right`` are -1 when unlimited; ``causal`` is folded into
+    ``window_right = 0``.  Query ``i`` sees key ``j`` when
+    ``i + shift - window_left <= j <= i + shift + window_right`` with ``shift = seqlen_k - seqlen_q``
+    of that sequence (masks are aligned to the bottom right corner).
+    """
+
+    dtype: torch.dtype
+    device_type: str
+    batch: int
+    seqlen_q: int  # varlen: the longest
+    seqlen_k: int  # varlen: the longest
+    nheads: int
+    nheads_k: int
+    headdim: int  # of q and k
+    headdim_v: int  # of v and the output
+    softmax_scale: float
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    varlen: bool = False
+    alibi: bool = False
+    page_size: int = 0  # 0: K and V are not paged
+    deterministic: bool = False
+    needs_grad: bool = False
+    # Problems key every cache on the way to a kernel; the hash of so many fields is worth keeping.
+    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        values = (getattr(self, field.name) for field in dataclasses.fields(self) if field.compare)
+        object.__setattr__(self, "_hash", hash(tuple(values)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head (1 for MHA)."""
+        return self.nheads // self.nheads_k
+
+    @property
+    def causal(self) -> bool:
+        """Whether the mask is the plain causal one."""
+        return self.window_right == 0 and self.window_left < 0
+
+    def features(self) -> frozenset[str]:
+        """Names of the optional features this call uses; back ends declare the ones they have."""
+        used = {
+            "varlen": self.varlen,
+            "causal": self.causal,
+            "window": not self.causal and (self.window_left >= 0 or self.window_right >= 0),
+            "gqa": self.nheads != self.nheads_k,
+            "headdim_v": self.headdim != self.headdim_v,
+            "softcap": self.softcap > 0.0,
+            "dropout": self.dropout_p > 0.0,
+            "alibi": self.alibi,
+            "paged": self.page_size > 0,
+            "deterministic": self.deterministic,
+            "backward": self.needs_grad,
+        }
+        return frozenset(name for name, is_used in used.items() if is_used)
+
+    def describe(self) -> str:
+        """One line for messages and ``explain``."""
+        dims = f"{self.headdim}" if self.headdim == self.headdim_v else f"{self.headdim}/{self.headdim_v}"
+        return (
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device_type}, batch={self.batch}, "
+            f"seqlen_q={self.seqlen_q}, seqlen_k={self.seqlen_k}, nheads={self.nheads}, "
+            f"nheads_k={self.nheads_k}, headdim={dims}, features: {', '.join(sorted(self.features())) or 'none'}"
+        )
+
+
+#: Every feature name :meth:`AttentionProblem.features` can return.
+FEATURES = frozenset(
+    "varlen causal window gqa headdim_v softcap dropout alibi paged deterministic backward".split()
+)
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """31-bit threshold: an element is kept when ``philox >> 1 >= threshold``.
+
+    One integer comparison, so that every back end drops exactly the same elements.
+    """
+    return min(int(round(dropout_p * 2.0**31)), 2**31 - 1)
+
+
+def default_softmax_scale(headdim: int) -> float:
+    """1 / sqrt(headdim), the default of every function."""
+    return 1.0 / math.sqrt(headdim)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of softmax_lse and of intermediate results: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def lse_shape(q: torch.Tensor) -> tuple[int, ...]:
+    """Shape of softmax_lse: (batch, nheads, seqlen_q) dense, (nheads, total_q) varlen."""
+    if q.dim() == 4:
+        return (q.shape[0], q.shape[2], q.shape[1])
+    return (q.shape[1], q.shape[0])

@@ -1,0 +1,8 @@
+"""The reference back end: exact attention in plain torch, on any device torch has."""
+
+from __future__ import annotations
+
+from flash_rocm.reference.attention import backward, forward, probs
+from flash_rocm.reference.tiles import TileSize
+
+__all__ = ["TileSize", "backward", "forward", "probs"]

@@ -1,0 +1,264 @@
+"""Process state: the only reader of ``os.environ``, and what is known of each device.
+
+A leaf.  Nothing is read at import and nothing is frozen: the environment is looked at when a call
+needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+BACKEND_NAMES = ("ck", "triton", "reference")
+REQUESTS = ("auto", *BACKEND_NAMES)
+
+logger = logging.getLogger("flash_rocm")
+
+#: Set by :func:`use_backend`.  A plain global, because torch.compile guards on globals: a graph
+#: traced under one choice is traced again under another.
+_override: str | None = None
+
+
+def environment_request() -> str:
+    """The back end asked for by the environment: ``auto``, ``ck``, ``triton`` or ``reference``.
+
+    ``FLASH_ROCM_BACKEND`` wins; ``FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE``, which ROCm users of
+    flash-attn know, means ``triton``.
+
+    Raises:
+        ValueError: ``FLASH_ROCM_BACKEND`` names no back end.
+    """
+    ours = os.environ.get("FLASH_ROCM_BACKEND")
+    theirs = os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE")
+    if ours:
+        request = ours.strip().lower()
+        if request not in REQUESTS:
+            raise ValueError(
+                f"FLASH_ROCM_BACKEND: expected one of {', '.join(REQUESTS)}, got {ours!r}. Hint: unset it for 'auto'."
+            )
+        if theirs == "TRUE" and request != "triton":
+            _warn_once(
+                f"FLASH_ROCM_BACKEND={request} overrides FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE (which asks for triton)"
+            )
+        return request
+    return "triton" if theirs == "TRUE" else "auto"
+
+
+def requested_backend() -> str:
+    """The back end asked for now: by :func:`use_backend` if inside one, else by the environment."""
+    return _override or environment_request()
+
+
+def override() -> str:
+    """The name given to the innermost :func:`use_backend`, or "" outside of any."""
+    return _override or ""
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Route the attention calls made inside to one back end.
+
+    Process-wide, like the environment variable it overrides.  The backward of a call made inside
+    uses the same back end even when it runs outside.
+
+    Args:
+        name: ``ck``, ``triton``, ``reference`` (each raises where it cannot run the call, with its
+            reasons) or ``auto``.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+    """
+    global _override
+    if name not in REQUESTS:
+        raise ValueError(
+            f"name: expected one of {', '.join(REQUESTS)}, got {name!r}. "
+            "Hint: flash_rocm.explain shows what each can run."
+        )
+    before, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def config_dir() -> str | None:
+    """``FLASH_ROCM_CONFIG_DIR``: a folder of kernel configs that replaces the shipped one, file by file."""
+    return os.environ.get("FLASH_ROCM_CONFIG_DIR") or None
+
+
+def triton_interpret() -> bool:
+    """Whether Triton kernels run under its CPU interpreter (Triton reads this when it decorates)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+#: Variables that this version reads.
+_VARIABLES = (
+    "FLASH_ROCM_BACKEND",
+    "FLASH_ROCM_CONFIG_DIR",
+    "FLASH_ROCM_LOG",
+    "FLASH_ATTENTION_TRITON_AMD_ENABLE",
+    "TRITON_INTERPRET",
+)
+#: Variables that belong to the project, or that ROCm users know, and that this version does not act on.
+_UNUSED_VARIABLES = (
+    "FLASH_ROCM_AUTOTUNE",
+    "FLASH_ROCM_KERNEL_CONFIG",
+    "FLASH_ROCM_CACHE_DIR",
+    "FLASH_ROCM_VIRTUAL_GPU",
+    "FLASH_ROCM_DEBUG",
+    "FLASH_ATTENTION_TRITON_AMD_AUTOTUNE",
+    "FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON",
+)
+#: Variables of the driver and of torch that decide which devices are seen.
+_DEVICE_VARIABLES = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION")
+
+
+def environment_report() -> list[tuple[str, str, str]]:
+    """(name, value, note) of every variable that is set and matters, for ``flash-rocm info``."""
+    groups = (
+        (_VARIABLES, ""),
+        (_UNUSED_VARIABLES, "not read by this version"),
+        (_DEVICE_VARIABLES, "read by the driver"),
+    )
+    return [(name, os.environ[name], note) for names, note in groups for name in names if name in os.environ]
+
+
+def subprocess_environment(**changes: str) -> dict[str, str]:
+    """The environment for a child process, with some variables changed."""
+    return {**os.environ, **changes}
+
+
+def set_default_variable(name: str, value: str) -> None:
+    """Set a variable that another library reads, unless the user has set it."""
+    os.environ.setdefault(name, value)
+
+
+def configure_logging() -> None:
+    """Apply ``FLASH_ROCM_LOG`` (debug, info or warning) to the ``flash_rocm`` logger.
+
+    Raises:
+        ValueError: any other value.
+    """
+    level = os.environ.get("FLASH_ROCM_LOG")
+    if not level:
+        return
+    if level.lower() not in ("debug", "info", "warning"):
+        raise ValueError(f"FLASH_ROCM_LOG: expected debug, info or warning, got {level!r}.")
+    logger.setLevel(level.upper())
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("flash_rocm %(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    """One line at info level, however often the same thing happens."""
+    logger.info(message)
+
+
+# --------------------------------------------------------------------------------------------------
+# Devices
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arch:
+    """What selection and launch need to know of a device.
+
+    ``name`` is the LLVM target for AMD ("gfx942"), "sm90" and the like for NVIDIA, "cpu" for the
+    host.  ``num_xcds`` counts the dies (XCDs) over which the hardware spreads consecutive
+    workgroups round-robin, each with an L2 cache of its own: 1 where there is one cache.
+    """
+
+    name: str
+    vendor: str  # "amd", "nvidia" or "cpu"
+    num_cus: int  # compute units (streaming multiprocessors on NVIDIA)
+    num_xcds: int
+    wave_size: int
+
+
+CPU = Arch("cpu", "cpu", 1, 1, 1)
+
+#: Compute units per die of the multi-die chips.  Of gfx942, the 80-CU variant has 20 a die, all
+#: others 38; the count of dies in the current partition mode follows from the CU count.
+_CUS_PER_XCD = {"gfx942": (20, 38), "gfx950": (32,)}
+
+
+def amd_arch(name: str, num_cus: int) -> Arch:
+    """Describe an AMD GPU by LLVM target and compute-unit count (CDNA: wave64, RDNA: wave32)."""
+    wave_size = 64 if name.startswith("gfx9") else 32
+    num_xcds = 1
+    for per_die in _CUS_PER_XCD.get(name, ()):
+        if num_cus % per_die == 0:
+            num_xcds = num_cus // per_die
+    return Arch(name, "amd", num_cus, num_xcds, wave_size)
+
+
+def nvidia_arch(capability: tuple[int, int], num_cus: int) -> Arch:
+    """Describe an NVIDIA GPU by compute capability, (9, 0) being "sm90"."""
+    return Arch(f"sm{capability[0]}{capability[1]}", "nvidia", num_cus, 1, 32)
+
+
+#: Compute units of the largest product of each target, for judging a chip that is not here.
+_PRODUCT_CUS = {
+    "gfx90a": 110,
+    "gfx942": 304,
+    "gfx950": 256,
+    "gfx1100": 96,
+    "gfx1101": 60,
+    "gfx1102": 32,
+    "gfx1150": 16,
+    "gfx1151": 40,
+    "gfx1200": 32,
+    "gfx1201": 64,
+    "sm80": 108,
+    "sm90": 132,
+    "sm100": 148,
+}
+
+
+def arch_named(name: str, num_cus: int | None = None) -> Arch:
+    """Describe an arch by name: "cpu", "gfx942" and the like, or "sm90" and the like.
+
+    Args:
+        num_cus: compute units; default: those of the largest product with this target, 32 if unknown.
+
+    Raises:
+        ValueError: the name has none of these forms.
+    """
+    if name == "cpu":
+        return CPU
+    count = _PRODUCT_CUS.get(name, 32) if num_cus is None else num_cus
+    if re.fullmatch(r"gfx[0-9a-f]{3,4}", name):
+        return amd_arch(name, count)
+    if re.fullmatch(r"sm[0-9]{2,3}", name):
+        return nvidia_arch((int(name[2:-1]), int(name[-1])), count)
+    raise ValueError(f"arch: expected cpu, gfx... or sm..., got {name!r}. Hint: gfx942, gfx1100, sm90.")
+
+
+@functools.cache
+def _gpu_arch(index: int) -> Arch:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return amd_arch(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return nvidia_arch((properties.major, properties.minor), properties.multi_processor_count)
+
+
+def arch_of(device: torch.device) -> Arch:
+    """The architecture of a device; "cuda" devices are AMD GPUs on a ROCm build of torch."""
+    if device.type != "cuda":
+        return CPU
+    return _gpu_arch(device.index if device.index is not None else torch.cuda.current_device())

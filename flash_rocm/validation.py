@@ -1,0 +1,188 @@
+"""Checks of what a caller passes, made before anything runs.  A leaf.
+
+Every message names the argument, what was expected, what came, and what to do.  Nothing here reads
+tensor contents, so nothing waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from flash_rocm.problem import MAX_SEQLEN
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def invalid(argument: str, expected: str, got: object, hint: str = "") -> ValueError:
+    """The one form of an argument error."""
+    return ValueError(f"{argument}: expected {expected}, got {got}." + (f" Hint: {hint}" if hint else ""))
+
+
+def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int, kv_dims: int) -> None:
+    """Ranks, dtypes, devices, heads, head dims, contiguity of the last dim."""
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    # One expression for the calls that are right, which is nearly all; the reason is found after.
+    if (
+        len(q_shape) == dims
+        and len(k_shape) == kv_dims
+        and len(v_shape) == kv_dims
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in FLOAT_DTYPES
+        and q.device == k.device == v.device
+        and k_shape[:-1] == v_shape[:-1]
+        and q_shape[-1] == k_shape[-1] > 0
+        and v_shape[-1] > 0
+        and k_shape[-2] > 0
+        and q_shape[-2] % k_shape[-2] == 0
+        and q.stride(-1) == 1
+        and k.stride(-1) == 1
+        and v.stride(-1) == 1
+    ):
+        return
+    for name, x, rank in (("q", q, dims), ("k", k, kv_dims), ("v", v, kv_dims)):
+        if x.dim() != rank:
+            raise _wrong_rank(name, x, rank)
+    _diagnose_types(q, k, v)
+    _diagnose_heads(q, k, v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(-1) != 1 and x.shape[-1] != 1:
+            raise invalid(name, "stride 1 in the last dim", x.stride(-1), f"pass {name}.contiguous().")
+
+
+def _diagnose_types(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if q.dtype not in FLOAT_DTYPES:
+        raise invalid("q", "float16, bfloat16, float32 or float64", q.dtype, "cast the inputs.")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise invalid(name, f"the dtype of q, {q.dtype}", x.dtype, "cast the inputs to one dtype.")
+        if x.device != q.device:
+            raise invalid(name, f"the device of q, {q.device}", x.device, "move all inputs to one device.")
+
+
+def _diagnose_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    nheads, nheads_k = q.shape[-2], k.shape[-2]
+    if v.shape[-2] != nheads_k:
+        raise invalid("v", f"{nheads_k} heads, like k", v.shape[-2], "k and v share their heads.")
+    if nheads_k == 0 or nheads % nheads_k != 0:
+        raise invalid(
+            "k",
+            f"a head count that divides q's {nheads}",
+            nheads_k,
+            "for GQA/MQA nheads must be a multiple of nheads_k.",
+        )
+    if k.shape[-1] != q.shape[-1]:
+        raise invalid("k", f"head dim {q.shape[-1]}, like q", k.shape[-1], "only v may have another head dim.")
+    if q.shape[-1] == 0 or v.shape[-1] == 0:
+        raise invalid("v" if q.shape[-1] else "q", "a head dim of at least 1", 0)
+    if v.shape[:-1] != k.shape[:-1]:
+        raise invalid("v", f"leading shape {tuple(k.shape[:-1])}, like k", tuple(v.shape[:-1]))
+
+
+def _wrong_rank(name: str, x: torch.Tensor, rank: int) -> ValueError:
+    layouts = {
+        3: "(total, nheads, headdim)",
+        4: "(batch, seqlen, nheads, headdim)",
+    }
+    return invalid(name, f"{rank} dims {layouts[rank]}", f"{x.dim()} dims {tuple(x.shape)}")
+
+
+def check_packed(name: str, x: torch.Tensor, dims: int, parts: int) -> None:
+    """A packed qkv or kv tensor: rank, and the packed dim third from the end."""
+    if x.dim() != dims:
+        raise invalid(name, f"{dims} dims (..., {parts}, nheads, headdim)", f"{x.dim()} dims {tuple(x.shape)}")
+    if x.shape[-3] != parts:
+        raise invalid(name, f"size {parts} in dim -3", x.shape[-3], f"{name} stacks its parts there.")
+
+
+def check_scalars(
+    dropout_p: float, softmax_scale: float, window_size: tuple[int, int], softcap: float
+) -> tuple[int, int]:
+    """Ranges of the scalar arguments; returns the window as two ints below MAX_SEQLEN."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise invalid("dropout_p", "a probability in [0, 1)", dropout_p, "0.0 turns dropout off.")
+    if not math.isfinite(softmax_scale):
+        raise invalid("softmax_scale", "a finite number", softmax_scale)
+    if not (math.isfinite(softcap) and softcap >= 0.0):
+        raise invalid("softcap", "a finite number >= 0", softcap, "0.0 turns softcap off.")
+    if len(window_size) != 2:
+        raise invalid("window_size", "(left, right)", window_size)
+    left, right = window_size
+    if left < -1 or right < -1:
+        raise invalid("window_size", "entries >= -1", tuple(window_size), "-1 means unlimited.")
+    return min(int(left), MAX_SEQLEN), min(int(right), MAX_SEQLEN)
+
+
+def check_alibi(alibi_slopes: torch.Tensor | None, q: torch.Tensor, batch: int) -> None:
+    """(nheads,) or (batch, nheads) float32 on q's device."""
+    if alibi_slopes is None:
+        return
+    nheads = q.shape[-2]
+    if alibi_slopes.dtype != torch.float32:
+        raise invalid("alibi_slopes", "float32", alibi_slopes.dtype, "pass alibi_slopes.float().")
+    if alibi_slopes.device != q.device:
+        raise invalid("alibi_slopes", f"device {q.device}, like q", alibi_slopes.device)
+    if tuple(alibi_slopes.shape) not in ((nheads,), (batch, nheads)):
+        raise invalid("alibi_slopes", f"shape ({nheads},) or ({batch}, {nheads})", tuple(alibi_slopes.shape))
+    if alibi_slopes.stride(-1) != 1 and nheads > 1:
+        raise invalid("alibi_slopes", "stride 1 in the last dim", alibi_slopes.stride(-1), "make it contiguous.")
+    if alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "alibi_slopes: expected a tensor that needs no gradient, got requires_grad=True. "
+            "Hint: pass alibi_slopes.detach(); slopes are not trained."
+        )
+
+
+def check_dense_shapes(q: torch.Tensor, k: torch.Tensor) -> None:
+    """Batch sizes agree and lengths stay in range."""
+    if k.shape[0] != q.shape[0]:
+        raise invalid("k", f"batch {q.shape[0]}, like q", k.shape[0])
+    if q.shape[1] > MAX_SEQLEN or k.shape[1] > MAX_SEQLEN:
+        raise invalid("q" if q.shape[1] > MAX_SEQLEN else "k", f"seqlen <= {MAX_SEQLEN}", max(q.shape[1], k.shape[1]))
+
+
+def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
+    """(batch + 1,) int32, contiguous, on q's device; the contents are not read back."""
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise invalid(name, "an int32 tensor (batch + 1,)", type(cu_seqlens).__name__)
+    if cu_seqlens.dtype != torch.int32:
+        raise invalid(name, "int32", cu_seqlens.dtype, f"pass {name}.int().")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise invalid(name, "shape (batch + 1,)", tuple(cu_seqlens.shape), "it starts with 0 and ends with the total.")
+    if cu_seqlens.device != q.device:
+        raise invalid(name, f"device {q.device}, like q", cu_seqlens.device, f"pass {name}.to(q.device).")
+    if not cu_seqlens.is_contiguous():
+        raise invalid(name, "a contiguous tensor", f"stride {cu_seqlens.stride()}", f"pass {name}.contiguous().")
+
+
+def check_max_seqlen(name: str, max_seqlen: int) -> int:
+    """A length in [0, MAX_SEQLEN]."""
+    if isinstance(max_seqlen, torch.Tensor):
+        raise invalid(name, "an int", "a tensor", "reading it would wait for the GPU: pass a host number.")
+    if not 0 <= max_seqlen <= MAX_SEQLEN:
+        raise invalid(name, f"an int in [0, {MAX_SEQLEN}]", max_seqlen)
+    return max_seqlen
+
+
+def check_varlen(
+    q: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, block_table: torch.Tensor | None
+) -> None:
+    """cu_seqlens and block_table of one varlen call."""
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise invalid(
+            "cu_seqlens_k", f"shape {tuple(cu_seqlens_q.shape)}, like cu_seqlens_q", tuple(cu_seqlens_k.shape)
+        )
+    if block_table is None:
+        return
+    batch = cu_seqlens_q.shape[0] - 1
+    if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != batch:
+        raise invalid(
+            "block_table",
+            f"int32 of shape ({batch}, max_pages)",
+            f"{block_table.dtype} of shape {tuple(block_table.shape)}",
+        )
+    if block_table.device != q.device:
+        raise invalid("block_table", f"device {q.device}, like q", block_table.device)

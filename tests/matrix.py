@@ -1,0 +1,194 @@
+"""The one test matrix: cases for every back end and target, generated from declared capabilities.
+
+A case is a problem, a memory layout and a direction.  Cases come in groups that share everything a
+kernel is compiled for (dtype, head dims, features) and differ in what it is not compiled for
+(lengths, batch, heads, group size, window widths, scale, layout), so that a large matrix compiles
+few kernels.  Groups cover every feature alone and seeded samples of pairs and triples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from flash_rocm import ops
+from flash_rocm.backends import CAPABILITIES
+from flash_rocm.problem import AttentionProblem
+from flash_rocm.testing import assert_attention_close, make_inputs, make_problem
+
+#: Features that the matrix combines.  "gqa" and "deterministic" are not compiled for.
+COMBINED = ("causal", "window", "softcap", "alibi", "dropout", "headdim_v", "gqa", "deterministic", "dlse")
+HEADDIMS = (32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256, 512, 1, 8, 100)
+#: (head dim of q and k, of v)
+HEADDIM_PAIRS = ((192, 128), (128, 64), (40, 72), (64, 96), (59, 17), (256, 32))
+LENGTHS = (
+    (113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (512, 256), (1024, 1024), (1023, 1024),
+    (1024, 1023), (2048, 2048), (1, 1), (1, 147), (64, 1), (3, 799), (300, 129),
+)  # fmt: skip
+SMALL_LENGTHS = ((1, 1), (5, 33), (33, 5), (37, 53), (64, 64), (65, 63), (70, 41), (1, 50))
+LAYOUTS = ("contiguous", "packed", "bhsd", "padded")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One case; ``problem.device_type`` is filled in from the target when it runs."""
+
+    backend: str
+    target: str
+    problem: AttentionProblem
+    layout: str
+    seed: int
+    features: tuple[str, ...]
+    alibi_per_batch: bool
+
+    @property
+    def backward(self) -> bool:
+        return self.problem.needs_grad
+
+    def __str__(self) -> str:
+        p = self.problem
+        dims = f"d{p.headdim}" if p.headdim == p.headdim_v else f"d{p.headdim}v{p.headdim_v}"
+        return "-".join(
+            [
+                self.backend,
+                self.target,
+                str(p.dtype).removeprefix("torch."),
+                "varlen" if p.varlen else "dense",
+                "+".join(self.features) or "plain",
+                f"b{p.batch}q{p.seqlen_q}k{p.seqlen_k}h{p.nheads}k{p.nheads_k}{dims}",
+                self.layout,
+                "backward" if self.backward else "forward",
+                str(self.seed),
+            ]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """How much of the matrix a target runs."""
+
+    target: str
+    backend: str
+    lengths: tuple[tuple[int, int], ...]
+    headdims: tuple[int, ...]
+    headdim_pairs: tuple[tuple[int, int], ...]
+    combinations: int  # sampled feature sets of two and three per dtype and dense/varlen
+    members: int  # cases per group
+    max_heads: int
+
+
+_SMALL = (SMALL_LENGTHS, (16, 40, 59, 64, 1, 100), ((24, 40), (64, 17)))
+SCOPES = (
+    Scope("cpu", "reference", *_SMALL, combinations=10, members=2, max_heads=4),
+    Scope("interpret", "triton", *_SMALL, combinations=6, members=2, max_heads=4),
+    Scope("cuda", "triton", LENGTHS, HEADDIMS, HEADDIM_PAIRS, combinations=36, members=11, max_heads=8),
+    Scope("cuda", "reference", *_SMALL, combinations=4, members=2, max_heads=4),
+)
+
+
+def _feature_sets(rng: random.Random, scope: Scope, supported: tuple[str, ...]) -> list[tuple[str, ...]]:
+    singles = [(), *((feature,) for feature in supported)]
+    several = [pair for size in (2, 3) for pair in itertools.combinations(supported, size)]
+    several = [pair for pair in several if not {"causal", "window"} <= set(pair)]
+    return singles + rng.sample(several, min(scope.combinations, len(several)))
+
+
+def _fields(rng: random.Random, features: tuple[str, ...], lengths: tuple[int, int]) -> dict[str, Any]:
+    """Problem fields that features ask for, with run-time values drawn anew for each case."""
+    fields: dict[str, Any] = {}
+    longest = max(lengths)
+    if "causal" in features:
+        fields.update(window_right=0)
+    if "softcap" in features:
+        fields.update(softcap=rng.choice((1.5, 8.0, 30.0)))
+    if "alibi" in features:
+        fields.update(alibi=True)
+    if "dropout" in features:
+        fields.update(dropout_p=rng.choice((0.1, 0.17, 0.5)))
+    if "deterministic" in features:
+        fields.update(deterministic=True)
+    if "window" in features:
+        fields.update(window_left=rng.randint(0, longest), window_right=rng.randint(0, longest))
+    return fields
+
+
+def cases(scope: Scope) -> Iterator[Case]:
+    """All cases of a target, the same in every process."""
+    capability = CAPABILITIES[scope.backend]
+    supported = tuple(f for f in COMBINED if f == "dlse" or f in capability.features)
+    headdims = itertools.cycle(scope.headdims)
+    pairs = itertools.cycle(scope.headdim_pairs)
+    seed = 0
+    for dtype in sorted(capability.dtypes, key=str):
+        for varlen in (False, True):
+            rng = random.Random(f"{dtype}{varlen}")
+            for features in _feature_sets(rng, scope, supported):
+                headdim = next(headdims)
+                headdim, headdim_v = next(pairs) if "headdim_v" in features else (headdim, headdim)
+                window_kind = rng.choice(("both", "left", "right"))
+                # Kernels treat the sign of the scale as a constant, its size not.
+                sign = rng.choice((1.0, 1.0, 1.0, 1.0, 1.0, 1.0, -1.0, 0.0))
+                for member in range(scope.members):
+                    seed += 1
+                    lengths = rng.choice(scope.lengths)
+                    nheads_k = rng.randint(1, max(1, scope.max_heads // 4))
+                    group = rng.choice((2, 3, 4)) if "gqa" in features else 1
+                    fields = _fields(rng, features, lengths)
+                    if window_kind == "left" and "window" in features:
+                        fields.update(window_right=-1)
+                    if window_kind == "right" and "window" in features:
+                        fields.update(window_left=-1)
+                    problem = make_problem(
+                        dtype=dtype,
+                        device_type="cuda" if scope.target == "cuda" else "cpu",
+                        batch=rng.randint(1, 4 if varlen else 3),
+                        seqlen_q=lengths[0],
+                        seqlen_k=lengths[1],
+                        nheads=nheads_k * group,
+                        nheads_k=nheads_k,
+                        headdim=headdim,
+                        headdim_v=headdim_v,
+                        softmax_scale=sign * rng.uniform(0.5, 1.5) / headdim**0.5,
+                        varlen=varlen,
+                        needs_grad=member % 3 != 0,
+                        **fields,
+                    )
+                    yield Case(
+                        scope.backend, scope.target, problem, rng.choice(LAYOUTS), seed, features, rng.random() < 0.5
+                    )
+
+
+def scalars_of(problem: AttentionProblem, backend: str) -> tuple[Any, ...]:
+    """The operator's arguments behind the tensors."""
+    p = problem
+    return (
+        p.seqlen_q, p.seqlen_k, p.softmax_scale, p.window_left, p.window_right, p.softcap, p.dropout_p,
+        p.deterministic, p.needs_grad, backend,
+    )  # fmt: skip
+
+
+def run(case: Case) -> None:
+    """Run one case through the operator and compare all it returns with the float64 oracle."""
+    problem = case.problem
+    data = make_inputs(
+        problem, case.seed, layout=case.layout, poison=True, alibi_per_batch=case.alibi_per_batch
+    )
+    leaves = [x.detach().requires_grad_(case.backward) for x in data.inputs[:3]]
+    before = [x.clone() for x in data.inputs if x is not None]
+    scalars = scalars_of(problem, case.backend)
+    args = (*leaves, *data.inputs[3:], *scalars)
+    out, lse = ops.attention_forward(*args)
+    probs = ops.attention_probs(lse.detach(), *args) if "dropout" in case.features else None
+    grads = None
+    use_dlse = "dlse" in case.features
+    if case.backward:
+        results, sent = ([out, lse], [data.dout, data.dlse]) if use_dlse else ([out], [data.dout])
+        grads = torch.autograd.grad(results, leaves, sent)
+    for x, y in zip((x for x in data.inputs if x is not None), before, strict=True):
+        assert torch.allclose(x, y, rtol=0.0, atol=0.0, equal_nan=True), "an input was modified"
+    assert_attention_close(problem, data, out, lse, grads, use_dlse=use_dlse, probs=probs)

@@ -1,0 +1,133 @@
+"""The flash-rocm command."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import flash_rocm
+from flash_rocm import backends, cli, runtime
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ROCM_BACKEND", "reference")
+    monkeypatch.setenv("FLASH_ROCM_DEBUG", "1")
+    status, out, _ = run(capsys, "info")
+    assert status == 0
+    assert flash_rocm.__version__ in out
+    assert "FLASH_ROCM_BACKEND=reference\n" in out
+    assert "FLASH_ROCM_DEBUG=1   (not read by this version)" in out
+    assert "device cpu" in out
+    assert "requested  reference: used" in out
+    assert "gfx942.json" in out
+    device_lines = out[out.index("device cpu") :].splitlines()
+    for name in backends.CAPABILITIES:
+        reasons = backends.availability_reasons(name, runtime.CPU)
+        (line,) = (line for line in device_lines if line.split()[:1] == [name])
+        assert all(reason in line for reason in reasons)
+        assert ("available" in line) == (not reasons)
+
+
+def test_info_survives_a_wrong_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ROCM_BACKEND", "fastest")
+    status, out, _ = run(capsys, "info")
+    assert status == 0
+    assert "error: FLASH_ROCM_BACKEND: expected one of" in out
+
+
+def test_explain_chooses(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(
+        capsys, "explain", "--arch", "cpu", "--shape", "2,5,7,4,2,32,16", "--dtype", "fp64", "--causal"
+    )
+    assert status == 0
+    assert "batch=2, seqlen_q=5, seqlen_k=7, nheads=4, nheads_k=2, headdim=32/16" in out
+    assert "features: causal, gqa, headdim_v" in out
+    assert "back end: reference" in out
+    assert "ck: no, dtype float64" in out
+
+
+def test_explain_takes_every_feature(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--window 3,4 --dropout 0.1 --softcap 20 --alibi --varlen --deterministic --backward --backend reference"
+    status, out, _ = run(capsys, "explain", *options.split())
+    assert status == 0
+    assert "features: alibi, backward, deterministic, dropout, softcap, varlen, window" in out
+    assert "requested: reference" in out
+
+
+@pytest.mark.parametrize("arch", ["gfx906", "sm75"])
+def test_explain_says_why_nobody_can(capsys: pytest.CaptureFixture[str], arch: str) -> None:
+    status, out, _ = run(capsys, "explain", "--arch", arch, "--backward")
+    assert status == 1
+    assert "none can run it" in out
+    for name in ("ck", "triton"):
+        assert f"  {name}: no, " in out
+    assert arch in out
+
+
+def test_explain_on_a_chip_that_is_not_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_installation_reasons", lambda name: [] if name == "triton" else ["not built"])
+    backends._decide.cache_clear()
+    status, out, _ = run(capsys, "explain", "--arch", "gfx942", "--backward", "--causal")
+    backends._decide.cache_clear()
+    assert status == 0
+    assert "back end: triton" in out
+    assert "config forward: " in out and "gfx942.json" in out
+
+
+WRONG = {
+    "nothing": ([], "COMMAND"),
+    "unknown command": (["tell"], "tell"),
+    "unknown option": (["info", "--loud"], "--loud"),
+    "short shape": (["explain", "--shape", "1,2"], "--shape: expected B,Sq,Sk,H,Hk,D[,Dv], got '1,2'"),
+    "shape of words": (["explain", "--shape", "a,b,c,d,e,f"], "--shape"),
+    "shape below 0": (["explain", "--shape=-1,2,2,1,1,8"], "--shape: expected sizes >= 0"),
+    "dtype": (["explain", "--dtype", "fp8"], "--dtype"),
+    "window": (["explain", "--window", "3"], "--window: expected LEFT,RIGHT, got '3'"),
+    "window below -1": (["explain", "--window=-2,0"], "window_size: expected entries >= -1"),
+    "arch": (["explain", "--arch", "mi300x"], "--arch"),
+    "backend": (["explain", "--backend", "cuda"], "--backend"),
+    "heads": (["explain", "--shape", "1,2,2,3,2,8"], "k: expected a head count that divides q's 3, got 2"),
+    "dropout": (["explain", "--dropout", "1"], "dropout_p: expected"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "text"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], text: str) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert out == ""
+    assert text in err and err.count("\n") == 1
+
+
+def test_explain_with_a_wrong_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ROCM_BACKEND", "fastest")
+    status, _, err = run(capsys, "explain")
+    assert status == 2
+    assert err.startswith("flash-rocm explain: FLASH_ROCM_BACKEND: expected one of")
+
+
+@pytest.mark.parametrize("command", ["demo", "bench", "explain", "info"])
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"flash-rocm {command}" in capsys.readouterr().out
+
+
+def test_the_installed_command() -> None:
+    command = pathlib.Path(sys.executable).parent / "flash-rocm"
+    if not command.exists():
+        pytest.skip("the flash-rocm command is not installed beside this Python")
+    done = subprocess.run([command, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"flash-rocm {flash_rocm.__version__}")

@@ -1,0 +1,110 @@
+"""README stays true: its support table is the capability data, its example runs.
+
+``python tests/test_readme.py`` writes the table anew.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import pytest
+import torch
+
+from flash_rocm import backends, runtime
+from flash_rocm.problem import FEATURES
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+TABLE = re.compile(r"(<!-- support table:[^\n]*-->\n).*?(<!-- end of support table -->)", re.DOTALL)
+
+#: What a feature is called in the table, in its order.
+NAMES = {
+    "backward": "backward",
+    "varlen": "varlen",
+    "causal": "causal",
+    "window": "sliding window",
+    "gqa": "GQA, MQA",
+    "headdim_v": "head dim of v differs",
+    "softcap": "softcap",
+    "alibi": "ALiBi",
+    "dropout": "dropout",
+    "deterministic": "deterministic",
+    "paged": "paged K/V (forward)",
+}
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+#: Back ends whose compiled part this version cannot build: nothing of theirs is supported.
+NOT_BUILT = {"ck"}
+
+
+def devices(capability: backends.Capability) -> str:
+    if not capability.archs and not capability.minimum_sm:
+        return "any device of torch"
+    parts = [f"AMD {', '.join(capability.archs)}"]
+    if capability.minimum_sm:
+        parts.append(f"NVIDIA sm{capability.minimum_sm} and newer")
+    return "; ".join(parts)
+
+
+def cells(capability: backends.Capability) -> list[str]:
+    """Column of one back end."""
+    if capability.name in NOT_BUILT:
+        return ["not built"] * (3 + len(NAMES))
+    largest = f"1 to {capability.max_headdim}" if capability.max_headdim < 1 << 20 else "any"
+    dtypes = ", ".join(name for dtype, name in DTYPES.items() if dtype in capability.dtypes)
+    return [devices(capability), dtypes, largest, *("yes" if name in capability.features else "no" for name in NAMES)]
+
+
+def support_table() -> str:
+    """The Markdown table that README must hold."""
+    rows = [["", *(f"`{name}`" for name in backends.CAPABILITIES)], ["---"] * (1 + len(backends.CAPABILITIES))]
+    columns = [cells(capability) for capability in backends.CAPABILITIES.values()]
+    labels = ["devices", "dtypes", "head dims", *NAMES.values()]
+    rows += [[label, *values] for label, *values in zip(labels, *columns, strict=True)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def written(text: str) -> str:
+    """README with the table of today."""
+    return TABLE.sub(lambda found: found[1] + support_table() + found[2], text)
+
+
+def test_every_feature_has_a_row() -> None:
+    assert set(NAMES) == set(FEATURES)
+    assert {dtype for capability in backends.CAPABILITIES.values() for dtype in capability.dtypes} == set(DTYPES)
+
+
+def test_support_table() -> None:
+    text = README.read_text()
+    assert len(TABLE.findall(text)) == 1
+    assert text == written(text), "run: python tests/test_readme.py"
+
+
+def test_what_is_called_not_built_is_not_built() -> None:
+    for name in NOT_BUILT:
+        assert "not built" in " ".join(backends.availability_reasons(name, runtime.amd_arch("gfx942", 304)))
+
+
+def test_order_of_auto() -> None:
+    text = " ".join(README.read_text().split())
+    assert backends.AUTO_ORDER == {"amd": ("ck", "triton"), "nvidia": ("triton",), "cpu": ("reference",)}
+    assert "on AMD GPUs `ck`, then `triton`; on NVIDIA GPUs `triton`; for CPU tensors `reference`" in text
+
+
+def test_every_variable_that_is_read_is_described() -> None:
+    for name in runtime._VARIABLES:
+        assert f"| `{name}` |" in README.read_text()
+
+
+def test_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    example = re.search(r"```python\n(import torch.*?)```", README.read_text(), re.DOTALL)
+    assert example is not None
+    names: dict[str, object] = {}
+    exec(compile(example[1], "README.md", "exec"), names)
+    assert "back end: " in capsys.readouterr().out
+    out, same = names["out"], names["same"]
+    assert isinstance(out, torch.Tensor) and isinstance(same, torch.Tensor)
+    assert out.shape == same.shape and torch.isfinite(out).all()
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text()))

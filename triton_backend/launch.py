@@ -1,0 +1,274 @@
+"""Allocation and launch: the host side of the Triton kernels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from flash_rocm import runtime
+from flash_rocm.problem import AttentionInputs, AttentionProblem, lse_shape
+
+from .backward_kernels import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel
+from .forward_kernel import attn_fwd_kernel
+from .plan import Plan, plan
+from .probs_kernel import attn_probs_kernel
+
+_KNOWN_MAX = 4096
+#: Buffer instructions of AMD chips reach this far; Triton compiles another kernel beyond.
+_BUFFER_BYTES = (1 << 31) - 1
+
+Strides = tuple[int, int, int]
+
+
+class Launcher:
+    """Launches one kernel, remembering what was compiled for which call.
+
+    Triton works out the specialisation of every argument at every launch, which takes longer on the
+    host than a small kernel does on the GPU.  Lengths, counts and strides of these kernels are not
+    specialised at all, so that all a compiled kernel depends on is its constants and, of its
+    pointers, alignment and (on AMD) extent.  The key of a call holds these, and all that its
+    run-time numbers follow from; a known key launches without looking at anything again.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+    def launch_known(self, key: tuple[Any, ...], tensors: tuple[torch.Tensor | None, ...]) -> bool:
+        """Launch what :meth:`launch_new` remembered under ``key``; False if nothing was."""
+        known = self._known.get(key)
+        if known is None:
+            return False
+        run, tail = known
+        device = tensors[0].device  # type: ignore[union-attr]
+        if device.index == torch.cuda.current_device():
+            run(*tensors, *tail)
+        else:
+            with torch.cuda.device(device):
+                run(*tensors, *tail)
+        return True
+
+    def launch_new(
+        self,
+        key: tuple[Any, ...],
+        current: Plan,
+        programs: int,
+        tensors: tuple[torch.Tensor | None, ...],
+        scalars: tuple[int | float, ...],
+        layout_constants: dict[str, Any],
+    ) -> None:
+        """Compile if needed, launch ``programs`` workgroups, remember under ``key``.
+
+        Args:
+            layout_constants: VEC, WIDE and what else does not follow from the problem.
+        """
+        values = {**current.constants, **layout_constants}
+        names = self.kernel.arg_names[len(tensors) + len(scalars) :]
+        tail = (*scalars, *(values[name] for name in names))
+        device = tensors[0].device  # type: ignore[union-attr]
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            compiled = self.kernel[(programs,)](*tensors, *tail, **current.options)
+        if not runtime.triton_interpret():
+            if len(self._known) >= _KNOWN_MAX:
+                self._known.clear()
+            self._known[key] = (compiled[(programs, 1, 1)], tail)
+
+
+#: The kernels by the names that configs use.
+KERNELS = {
+    "forward": Launcher(attn_fwd_kernel),
+    "backward_dq": Launcher(attn_bwd_dq_kernel),
+    "backward_dkdv": Launcher(attn_bwd_dkdv_kernel),
+    "probs": Launcher(attn_probs_kernel),
+}
+
+
+def _pointer_facts(*tensors: torch.Tensor | None) -> Any:
+    """What Triton specialises the caller's pointers on; 0 for the usual case, all 16-byte aligned."""
+    combined = 0
+    for x in tensors:
+        if x is not None:
+            combined |= x.data_ptr()
+    far = bool(torch.version.hip) and any(x is not None and _is_far(x) for x in tensors)
+    if combined & 15 == 0 and not far:
+        return 0
+    return tuple(None if x is None else (x.data_ptr() & 15 == 0, far and _is_far(x)) for x in tensors)
+
+
+def _is_far(x: torch.Tensor) -> bool:
+    return x.untyped_storage().nbytes() > _BUFFER_BYTES
+
+
+def _strides(x: torch.Tensor) -> Strides:
+    """(batch, row, head) strides in elements; the batch stride of varlen tensors is 0."""
+    stride = x.stride()
+    return (stride[0], stride[1], stride[2]) if len(stride) == 4 else (0, stride[0], stride[1])
+
+
+def _lse_strides(softmax_lse: torch.Tensor) -> tuple[int, int]:
+    """(batch, head) strides of softmax_lse and of what shares its layout."""
+    stride = softmax_lse.stride()
+    return (stride[0], stride[1]) if len(stride) == 3 else (0, stride[0])
+
+
+def _layout(current: Plan, itemsize: int, strides: tuple[Strides, ...], contiguous_row: int) -> tuple[int, bool]:
+    """VEC, the largest power of two up to 16 bytes that divides every stride, and WIDE.
+
+    WIDE: an offset inside one tile can pass 2^31 elements.
+    """
+    combined = 16 // itemsize
+    longest_row = contiguous_row
+    for batch, row, head in strides:
+        combined |= batch | row | head
+        longest_row = max(longest_row, row)
+    rows = max(current.config.BLOCK_M, current.config.BLOCK_N)
+    return combined & -combined, longest_row * rows >= 1 << 31
+
+
+def _divided(strides: tuple[Strides, ...], vec: int) -> tuple[int, ...]:
+    return tuple(stride // vec for tensor in strides for stride in tensor)
+
+
+def _slopes_stride(slopes: torch.Tensor | None) -> int:
+    return slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
+
+
+def _counts(problem: AttentionProblem, current: Plan, heads: int) -> tuple[int, ...]:
+    """Kernel arguments from batch_heads to num_blocks; heads: those the grid runs over."""
+    lengths = (problem.seqlen_q, problem.seqlen_k)
+    return (problem.batch * heads, heads, problem.group_size, *lengths, current.blocks)
+
+
+def _modifiers(current: Plan) -> tuple[int | float, ...]:
+    """Kernel arguments from scale to dropout_threshold."""
+    return (
+        current.scale,
+        current.softcap_log2,
+        current.window_left,
+        current.window_right,
+        current.dropout_threshold,
+    )
+
+
+def _new(x: torch.Tensor, shape: Sequence[int], varlen: bool) -> torch.Tensor:
+    """Kernels write every row of dense results; varlen ones may have rows that no sequence owns."""
+    return x.new_zeros(shape) if varlen else x.new_empty(shape)
+
+
+def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and softmax_lse of one call; see :class:`flash_rocm.backends.Backend`."""
+    q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, _ = inputs
+    out = _new(q, (*q.shape[:-1], problem.headdim_v), problem.varlen)
+    if problem.varlen:
+        lse = torch.full(lse_shape(q), float("-inf"), dtype=torch.float32, device=q.device)
+    else:
+        lse = torch.empty(lse_shape(q), dtype=torch.float32, device=q.device)
+    tensors = (q, k, v, out, lse, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
+    facts = _pointer_facts(q, k, v, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
+    key = (problem, q.stride(), k.stride(), v.stride(), slopes is None or slopes.stride(), q.device, facts)
+    launcher = KERNELS["forward"]
+    if launcher.launch_known(key, tensors):
+        return out, lse
+    current = plan("forward", problem, runtime.arch_of(q.device))
+    strides = (_strides(q), _strides(k), _strides(v))
+    vec, wide = _layout(current, q.element_size(), strides, problem.nheads * problem.headdim_v)
+    scalars = (
+        *_divided(strides, vec),
+        *_lse_strides(lse),
+        _slopes_stride(slopes),
+        *_counts(problem, current, problem.nheads),
+        *_modifiers(current),
+        current.dropout_rescale,
+    )
+    programs = current.blocks * problem.batch * problem.nheads
+    launcher.launch_new(key, current, programs, tensors, scalars, {"VEC": vec, "WIDE": wide})
+    return out, lse
+
+
+def backward(
+    problem: AttentionProblem,
+    inputs: AttentionInputs,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv of one call; see :class:`flash_rocm.backends.Backend`.
+
+    Two launches: dQ, which also leaves delta in a (batch, nheads, seqlen_q) float32 buffer, then
+    dK and dV, which reads it.
+    """
+    q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, _ = inputs
+    out, softmax_lse = out.contiguous(), softmax_lse.contiguous()
+    dlse = dlse.contiguous() if dlse is not None else None
+    dq = _new(q, q.shape, problem.varlen)
+    dk = _new(k, k.shape, problem.varlen)
+    dv = _new(v, v.shape, problem.varlen)
+    delta = torch.empty_like(softmax_lse)
+    optional = (slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
+    dq_tensors = (q, k, v, out, dout, softmax_lse, dlse, delta, dq, *optional)
+    dkdv_tensors = (q, k, v, dout, softmax_lse, delta, dk, dv, *optional)
+    facts = _pointer_facts(q, k, v, out, dout, softmax_lse, dlse, *optional)
+    key = (
+        problem,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        dout.stride(),
+        slopes is None or slopes.stride(),
+        dlse is None,
+        q.device,
+        facts,
+    )
+    if KERNELS["backward_dq"].launch_known(key, dq_tensors) and KERNELS["backward_dkdv"].launch_known(
+        key, dkdv_tensors
+    ):
+        return dq, dk, dv
+
+    strides = (_strides(q), _strides(k), _strides(v), _strides(dout))
+    longest_row = problem.nheads * max(problem.headdim, problem.headdim_v)
+    for kernel, tensors, heads in (
+        ("backward_dq", dq_tensors, problem.nheads),
+        ("backward_dkdv", dkdv_tensors, problem.nheads_k),
+    ):
+        current = plan(kernel, problem, runtime.arch_of(q.device))
+        vec, wide = _layout(current, q.element_size(), strides, longest_row)
+        scalars = (
+            *_divided(strides, vec),
+            *_lse_strides(softmax_lse),
+            _slopes_stride(slopes),
+            *_counts(problem, current, heads),
+            problem.softmax_scale,
+            *_modifiers(current),
+            current.dropout_rescale,
+        )
+        constants = {"VEC": vec, "WIDE": wide, "HAS_DLSE": dlse is not None}
+        KERNELS[kernel].launch_new(key, current, current.blocks * problem.batch * heads, tensors, scalars, constants)
+    return dq, dk, dv
+
+
+def probs(problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch.Tensor) -> torch.Tensor:
+    """S_dmask (batch, nheads, seqlen_q, seqlen_k); see :class:`flash_rocm.backends.Backend`."""
+    q, k, _, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, _ = inputs
+    softmax_lse = softmax_lse.contiguous()
+    current = plan("probs", problem, runtime.arch_of(q.device))
+    result = q.new_zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
+    strides = (_strides(q), _strides(k))
+    vec, wide = _layout(current, q.element_size(), strides, 0)
+    tensors = (q, k, softmax_lse, result, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
+    scalars = (
+        *_divided(strides, vec),
+        *_lse_strides(softmax_lse),
+        _slopes_stride(slopes),
+        *_counts(problem, current, problem.nheads),
+        *_modifiers(current),
+    )
+    key = (problem, q.stride(), k.stride(), slopes is None or slopes.stride(), q.device, _pointer_facts(*tensors))
+    if not KERNELS["probs"].launch_known(key, tensors):
+        programs = current.blocks * problem.batch * problem.nheads
+        KERNELS["probs"].launch_new(key, current, programs, tensors, scalars, {"VEC": vec, "WIDE": wide})
+    return result

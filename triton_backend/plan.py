@@ -1,0 +1,108 @@
+"""From a problem to kernel constants: pure host code, importable without Triton and tested without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+from flash_rocm import config
+from flash_rocm.config import KernelConfig
+from flash_rocm.problem import AttentionProblem, dropout_threshold
+from flash_rocm.runtime import Arch
+
+LOG2E = math.log2(math.e)
+#: tl.dot needs at least 16 in every dim.
+MIN_BLOCK_D = 16
+
+
+def block_d(headdim: int) -> int:
+    """The power of two a head dim is padded to inside a kernel."""
+    return max(MIN_BLOCK_D, 1 << (headdim - 1).bit_length())
+
+
+def is_masked(problem: AttentionProblem) -> bool:
+    """Whether a causal or window mask applies (ragged ends do not count)."""
+    return problem.window_left >= 0 or problem.window_right >= 0
+
+
+def kernel_config(kernel: str, problem: AttentionProblem, arch: Arch) -> KernelConfig:
+    """The config entry one kernel of this problem takes on this arch."""
+    return config.lookup(
+        arch.name,
+        kernel,
+        dtype=str(problem.dtype).removeprefix("torch."),
+        headdim=max(block_d(problem.headdim), block_d(problem.headdim_v)),
+        masked=is_masked(problem),
+    )
+
+
+def kernels_of(problem: AttentionProblem) -> tuple[str, ...]:
+    """Names of the kernels a call launches, the backward ones if gradients are needed."""
+    return ("forward", "backward_dq", "backward_dkdv") if problem.needs_grad else ("forward",)
+
+
+def describe_configs(problem: AttentionProblem, arch: Arch) -> list[str]:
+    """One line per kernel for ``explain``."""
+    found = ((kernel, kernel_config(kernel, problem, arch)) for kernel in kernels_of(problem))
+    return [f"{kernel}: {entry.describe()}" for kernel, entry in found]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one kernel launch of a problem takes besides pointers and strides.
+
+    ``constants`` are compile-time, in the kernel's order of names; ``scalars`` are run-time numbers
+    that a new length, scale or window changes without compiling.
+    """
+
+    config: KernelConfig
+    constants: dict[str, Any]
+    options: dict[str, int]
+    blocks: int  # workgroups per head
+    scale: float
+    softcap_log2: float
+    window_left: int
+    window_right: int
+    dropout_threshold: int
+    dropout_rescale: float
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(kernel: str, problem: AttentionProblem, arch: Arch) -> Plan:
+    """Constants, options and run-time scalars of one kernel for one problem."""
+    entry = kernel_config(kernel, problem, arch)
+    softcap, scale = problem.softcap, problem.softmax_scale
+    constants: dict[str, Any] = {
+        "HEADDIM": problem.headdim,
+        "HEADDIM_V": problem.headdim_v,
+        "BLOCK_D": block_d(problem.headdim),
+        "BLOCK_DV": block_d(problem.headdim_v),
+        "BLOCK_M": entry.BLOCK_M,
+        "BLOCK_N": entry.BLOCK_N,
+        "NUM_XCDS": arch.num_xcds,
+        "GROUP_HEADS": entry.GROUP_HEADS,
+        "VARLEN": problem.varlen,
+        "MASK_LEFT": problem.window_left >= 0,
+        "MASK_RIGHT": problem.window_right >= 0,
+        # The running maximum of unscaled scores is that of the scaled ones only for a positive scale.
+        "RAW_SCALE": softcap == 0.0 and not problem.alibi and scale > 0.0,
+        "SOFTCAP": softcap > 0.0,
+        "ALIBI": problem.alibi,
+        "DROPOUT": problem.dropout_p > 0.0,
+    }
+    over_keys = kernel == "backward_dkdv"
+    length, block = (problem.seqlen_k, entry.BLOCK_N) if over_keys else (problem.seqlen_q, entry.BLOCK_M)
+    return Plan(
+        config=entry,
+        constants=constants,
+        options=entry.compile_options(arch.vendor),
+        blocks=-(-length // block),
+        scale=scale / softcap if softcap > 0.0 else scale * LOG2E,
+        softcap_log2=softcap * LOG2E,
+        window_left=problem.window_left,
+        window_right=problem.window_right,
+        dropout_threshold=dropout_threshold(problem.dropout_p),
+        dropout_rescale=1.0 / (1.0 - problem.dropout_p),
+    )
