@@ -10,7 +10,7 @@ from flash_rocm.api import (
     flash_attn_varlen_qkvpacked_func,
 )
 from flash_rocm.backends import BackendError
-from flash_rocm.runtime import configure_logging, use_backend
+from flash_rocm.runtime import use_backend
 
 __version__ = "0.1.0"
 
@@ -25,5 +25,3 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "use_backend",
 ]
-
-configure_logging()

@@ -30,6 +30,8 @@ Raises:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flash_rocm import backends, ops, runtime, validation
@@ -63,7 +65,6 @@ def flash_attn_func(
     """
     q, k, v = _autocast(q, k, v)
     validation.check_qkv(q, k, v, 4, 4)
-    validation.check_dense_shapes(q, k)
     validation.check_alibi(alibi_slopes, q, q.shape[0])
     inputs = (q, k, v, None, None, alibi_slopes)
     lengths = (q.shape[1], k.shape[1])
@@ -293,8 +294,7 @@ def explain(
             raise validation.invalid("cu_seqlens_k", "a tensor like cu_seqlens_q", None)
         validation.check_varlen(q, cu_seqlens_q, cu_seqlens_k, block_table)
     else:
-        validation.check_dense_shapes(q, k)
-    scale = default_softmax_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
+        scale = default_softmax_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
     left, right = validation.check_scalars(dropout_p, scale, window_size, softcap)
     lengths = [
         given if given is not None else x.shape[0 if varlen else 1]
@@ -330,7 +330,7 @@ def _draw_rng_state(device: torch.device) -> torch.Tensor:
 
 
 def _attend(
-    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, *tuple[torch.Tensor | None, ...]],
+    inputs: tuple[Any, ...],
     block_table: torch.Tensor | None,
     lengths: tuple[int, int],
     dropout_p: float,
@@ -341,13 +341,14 @@ def _attend(
     deterministic: bool,
     return_attn_probs: bool,
 ) -> AttentionResult:
+    """The part that dense and varlen share; ``inputs``: q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes."""
     q, k, v = inputs[:3]
     scale = default_softmax_scale(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
     left, right = validation.check_scalars(dropout_p, scale, window_size, softcap)
-    rng_state = _draw_rng_state(q.device) if dropout_p > 0.0 else None
+    compiling = torch.compiler.is_compiling()
     args = (
         *inputs,
-        rng_state,
+        _draw_rng_state(q.device) if dropout_p > 0.0 else None,
         block_table,
         *lengths,
         scale,
@@ -358,9 +359,9 @@ def _attend(
         bool(deterministic),
         _needs_grad(q, k, v),
         # Eager calls pin their choice for the backward; graphs leave the environment to run time.
-        runtime.override() if torch.compiler.is_compiling() else runtime.requested_backend(),
+        runtime.override() if compiling else runtime.requested_backend(),
     )
-    out, softmax_lse = ops.attention_forward(*args)
+    out, softmax_lse = ops.attention_forward(compiling, args)
     if not return_attn_probs:
         return out
     if dropout_p == 0.0:

@@ -63,16 +63,18 @@ REFERENCE = Capability(
 
 #: AMD chips whose matrix instructions the Triton kernels compile for, CDNA then RDNA.
 TRITON_AMD_ARCHS = (
-    "gfx90a gfx942 gfx950 gfx1100 gfx1101 gfx1102 gfx1103 gfx1150 gfx1151 gfx1152 gfx1153 gfx1200 gfx1201".split()
+    *("gfx90a", "gfx942", "gfx950"),
+    *("gfx1100", "gfx1101", "gfx1102", "gfx1103", "gfx1150", "gfx1151", "gfx1152", "gfx1153"),
+    *("gfx1200", "gfx1201"),
 )
 
 TRITON = Capability(
     name="triton",
-    module="flash_rocm._triton",
+    module="flash_rocm._triton.launch",
     dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
     max_headdim=512,
     features=FEATURES - {"paged"},
-    archs=tuple(TRITON_AMD_ARCHS),
+    archs=TRITON_AMD_ARCHS,
     minimum_sm=80,
 )
 
@@ -104,7 +106,9 @@ def availability_reasons(name: str, arch: Arch) -> list[str]:
     reasons = list(_installation_reasons(name))
     if name == "triton" and arch.vendor == "cpu":
         if not runtime.triton_interpret():
-            reasons.append("the tensors are on the CPU (TRITON_INTERPRET=1 runs the kernels under Triton's interpreter)")
+            reasons.append(
+                "the tensors are on the CPU (TRITON_INTERPRET=1 runs the kernels under Triton's interpreter)"
+            )
         return reasons
     return reasons + _arch_reasons(CAPABILITIES[name], arch)
 
@@ -114,7 +118,10 @@ def _installation_reasons(name: str) -> list[str]:
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return ["the triton package is not installed (pip install triton, or a ROCm/CUDA build of torch brings it)"]
     if name == "ck" and importlib.util.find_spec("flash_rocm._ck._C") is None:
-        return ["not built (build it with FLASH_ROCM_BUILD=ck pip install --no-build-isolation .)"]
+        return [
+            "not built: this version has no compiled part yet (once it has: FLASH_ROCM_BUILD=ck "
+            "pip install --no-build-isolation .)"
+        ]
     return []
 
 

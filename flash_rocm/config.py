@@ -38,7 +38,6 @@ class ConfigError(ValueError):
 class KernelConfig:
     """Tuning of one kernel.  Block sizes in rows and columns of the score matrix.
 
-    GROUP_HEADS is the number of heads whose blocks are issued together, block by block.
     waves_per_eu, matrix_instr_nonkdim and kpack are AMD's compiler options, 0 for its default.
     """
 
@@ -46,7 +45,6 @@ class KernelConfig:
     BLOCK_N: int
     num_warps: int
     num_stages: int
-    GROUP_HEADS: int = 1
     waves_per_eu: int = 0
     matrix_instr_nonkdim: int = 0
     kpack: int = 0

@@ -73,14 +73,15 @@ _DECIDED_MAX = 4096
 
 def _decide(args: tuple[Any, ...]) -> tuple[AttentionProblem, backends.Backend]:
     """The problem and its back end, for operator arguments in schema order."""
-    q, k, v, cu_seqlens_q, _, alibi_slopes, _, block_table, *scalars = args
+    q, k, v, cu_seqlens_q, _, alibi_slopes, _, block_table = args[:_NUM_TENSORS]
+    scalars = args[_NUM_TENSORS:]
     request = scalars[-1] or runtime.requested_backend()
     batch_entries = None if cu_seqlens_q is None else cu_seqlens_q.shape
     absent = (alibi_slopes is None, block_table is None)
-    key = (request, q.shape, k.shape, v.shape, q.dtype, q.device, batch_entries, absent, *scalars)
+    key = (request, q.shape, k.shape, v.shape, q.dtype, q.device, batch_entries, absent, scalars)
     found = _decided.get(key)
     if found is None:
-        problem = problem_of(AttentionInputs(*args[:_NUM_TENSORS]), tuple(scalars))
+        problem = problem_of(AttentionInputs(*args[:_NUM_TENSORS]), scalars)
         name = backends.select(problem, runtime.arch_of(q.device), request)
         runtime.log_once(f"back end {name} for {problem.dtype} on {q.device.type}")
         if len(_decided) >= _DECIDED_MAX:
@@ -186,9 +187,14 @@ def _is_plain(*tensors: torch.Tensor) -> bool:
     return not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
 
-def attention_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and softmax_lse, differentiable; arguments in the order of the schema."""
-    if torch.compiler.is_compiling() or not _is_plain(args[0], args[1], args[2]):
+def attention_forward(compiling: bool, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and softmax_lse, differentiable.
+
+    Args:
+        compiling: whether torch.compile is tracing this.
+        args: in the order of the schema.
+    """
+    if compiling or not _is_plain(args[0], args[1], args[2]):
         return torch.ops.flash_rocm.attention_forward.default(*args)
     needs_grad = args[-2]
     return _Attention.apply(*args) if needs_grad else _forward(*args)
@@ -218,6 +224,4 @@ for _name, _impl, _fake in (
     torch.library.register_fake(f"flash_rocm::{_name}", _fake, lib=_library)
     torch.library.register_vmap(f"flash_rocm::{_name}", _no_vmap(_name), lib=_library)
 
-torch.library.register_autograd(
-    "flash_rocm::attention_forward", _autograd, setup_context=_setup_context, lib=_library
-)
+torch.library.register_autograd("flash_rocm::attention_forward", _autograd, setup_context=_setup_context, lib=_library)

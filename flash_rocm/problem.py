@@ -113,7 +113,10 @@ class AttentionProblem:
 
 #: Every feature name :meth:`AttentionProblem.features` can return.
 FEATURES = frozenset(
-    "varlen causal window gqa headdim_v softcap dropout alibi paged deterministic backward".split()
+    {
+        *("varlen", "causal", "window", "gqa", "headdim_v", "softcap", "dropout", "alibi", "paged"),
+        *("deterministic", "backward"),
+    }
 )
 
 

@@ -166,7 +166,12 @@ def _warn_once(message: str) -> None:
 
 @functools.cache
 def log_once(message: str) -> None:
-    """One line at info level, however often the same thing happens."""
+    """One line at info level, however often the same thing happens.
+
+    Raises:
+        ValueError: ``FLASH_ROCM_LOG`` is none of debug, info and warning.
+    """
+    configure_logging()
     logger.info(message)
 
 

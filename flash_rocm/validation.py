@@ -12,6 +12,7 @@ import torch
 
 from flash_rocm.problem import MAX_SEQLEN
 
+UNLIMITED = (-1, -1)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -21,7 +22,7 @@ def invalid(argument: str, expected: str, got: object, hint: str = "") -> ValueE
 
 
 def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int, kv_dims: int) -> None:
-    """Ranks, dtypes, devices, heads, head dims, contiguity of the last dim."""
+    """Ranks, dtypes, devices, heads, head dims, contiguity of the last dim; of dense calls batch and lengths."""
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     # One expression for the calls that are right, which is nearly all; the reason is found after.
     if (
@@ -39,6 +40,7 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int, kv_d
         and q.stride(-1) == 1
         and k.stride(-1) == 1
         and v.stride(-1) == 1
+        and (dims == 3 or (q_shape[0] == k_shape[0] and q_shape[1] <= MAX_SEQLEN and k_shape[1] <= MAX_SEQLEN))
     ):
         return
     for name, x, rank in (("q", q, dims), ("k", k, kv_dims), ("v", v, kv_dims)):
@@ -49,6 +51,12 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int, kv_d
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(-1) != 1 and x.shape[-1] != 1:
             raise invalid(name, "stride 1 in the last dim", x.stride(-1), f"pass {name}.contiguous().")
+    if dims == 4:
+        if k.shape[0] != q.shape[0]:
+            raise invalid("k", f"batch {q.shape[0]}, like q", k.shape[0])
+        for name, x in (("q", q), ("k", k)):
+            if x.shape[1] > MAX_SEQLEN:
+                raise invalid(name, f"seqlen <= {MAX_SEQLEN}", x.shape[1])
 
 
 def _diagnose_types(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -104,8 +112,10 @@ def check_scalars(
         raise invalid("dropout_p", "a probability in [0, 1)", dropout_p, "0.0 turns dropout off.")
     if not math.isfinite(softmax_scale):
         raise invalid("softmax_scale", "a finite number", softmax_scale)
-    if not (math.isfinite(softcap) and softcap >= 0.0):
+    if not 0.0 <= softcap < math.inf:
         raise invalid("softcap", "a finite number >= 0", softcap, "0.0 turns softcap off.")
+    if window_size == UNLIMITED:
+        return UNLIMITED
     if len(window_size) != 2:
         raise invalid("window_size", "(left, right)", window_size)
     left, right = window_size
@@ -132,14 +142,6 @@ def check_alibi(alibi_slopes: torch.Tensor | None, q: torch.Tensor, batch: int) 
             "alibi_slopes: expected a tensor that needs no gradient, got requires_grad=True. "
             "Hint: pass alibi_slopes.detach(); slopes are not trained."
         )
-
-
-def check_dense_shapes(q: torch.Tensor, k: torch.Tensor) -> None:
-    """Batch sizes agree and lengths stay in range."""
-    if k.shape[0] != q.shape[0]:
-        raise invalid("k", f"batch {q.shape[0]}, like q", k.shape[0])
-    if q.shape[1] > MAX_SEQLEN or k.shape[1] > MAX_SEQLEN:
-        raise invalid("q" if q.shape[1] > MAX_SEQLEN else "k", f"seqlen <= {MAX_SEQLEN}", max(q.shape[1], k.shape[1]))
 
 
 def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:

@@ -15,6 +15,8 @@ _CASE = "attention_case"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)  # workers share the cores; small shapes crawl when each wants all of them
     config.addinivalue_line("markers", "unpoisoned: fresh memory is not filled with NaN (timing, memory peaks)")
 
 

@@ -45,6 +45,7 @@ class Case:
     seed: int
     features: tuple[str, ...]
     alibi_per_batch: bool
+    group: str  # cases of one group compile the same kernels
 
     @property
     def backward(self) -> bool:
@@ -86,7 +87,7 @@ _SMALL = (SMALL_LENGTHS, (16, 40, 59, 64, 1, 100), ((24, 40), (64, 17)))
 SCOPES = (
     Scope("cpu", "reference", *_SMALL, combinations=10, members=2, max_heads=4),
     Scope("interpret", "triton", *_SMALL, combinations=6, members=2, max_heads=4),
-    Scope("cuda", "triton", LENGTHS, HEADDIMS, HEADDIM_PAIRS, combinations=36, members=11, max_heads=8),
+    Scope("cuda", "triton", LENGTHS, HEADDIMS, HEADDIM_PAIRS, combinations=24, members=15, max_heads=8),
     Scope("cuda", "reference", *_SMALL, combinations=4, members=2, max_heads=4),
 )
 
@@ -133,11 +134,15 @@ def cases(scope: Scope) -> Iterator[Case]:
                 window_kind = rng.choice(("both", "left", "right"))
                 # Kernels treat the sign of the scale as a constant, its size not.
                 sign = rng.choice((1.0, 1.0, 1.0, 1.0, 1.0, 1.0, -1.0, 0.0))
+                layouts = rng.sample(LAYOUTS, 2)
+                group_name = f"{scope.target}-{dtype}-{varlen}-{features}"
                 for member in range(scope.members):
                     seed += 1
                     lengths = rng.choice(scope.lengths)
                     nheads_k = rng.randint(1, max(1, scope.max_heads // 4))
                     group = rng.choice((2, 3, 4)) if "gqa" in features else 1
+                    if lengths[0] * lengths[1] > 1 << 20:  # what the oracle's matrices may take
+                        nheads_k, group = 1, min(group, 2)
                     fields = _fields(rng, features, lengths)
                     if window_kind == "left" and "window" in features:
                         fields.update(window_right=-1)
@@ -159,7 +164,14 @@ def cases(scope: Scope) -> Iterator[Case]:
                         **fields,
                     )
                     yield Case(
-                        scope.backend, scope.target, problem, rng.choice(LAYOUTS), seed, features, rng.random() < 0.5
+                        scope.backend,
+                        scope.target,
+                        problem,
+                        rng.choice(layouts),
+                        seed,
+                        features,
+                        rng.random() < 0.5,
+                        group_name,
                     )
 
 
@@ -175,14 +187,12 @@ def scalars_of(problem: AttentionProblem, backend: str) -> tuple[Any, ...]:
 def run(case: Case) -> None:
     """Run one case through the operator and compare all it returns with the float64 oracle."""
     problem = case.problem
-    data = make_inputs(
-        problem, case.seed, layout=case.layout, poison=True, alibi_per_batch=case.alibi_per_batch
-    )
+    data = make_inputs(problem, case.seed, layout=case.layout, poison=True, alibi_per_batch=case.alibi_per_batch)
     leaves = [x.detach().requires_grad_(case.backward) for x in data.inputs[:3]]
     before = [x.clone() for x in data.inputs if x is not None]
     scalars = scalars_of(problem, case.backend)
     args = (*leaves, *data.inputs[3:], *scalars)
-    out, lse = ops.attention_forward(*args)
+    out, lse = ops.attention_forward(False, args)
     probs = ops.attention_probs(lse.detach(), *args) if "dropout" in case.features else None
     grads = None
     use_dlse = "dlse" in case.features

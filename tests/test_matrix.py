@@ -18,7 +18,7 @@ _MARKS: dict[str, list[pytest.MarkDecorator]] = {
 
 def _parameters() -> list[Any]:
     return [
-        pytest.param(case, id=str(case), marks=_MARKS[scope.target])
+        pytest.param(case, id=str(case), marks=[*_MARKS[scope.target], pytest.mark.xdist_group(case.group)])
         for scope in matrix.SCOPES
         for case in matrix.cases(scope)
     ]

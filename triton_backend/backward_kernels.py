@@ -124,7 +124,7 @@ def attn_bwd_dq_kernel(
     window_left: tl.int32, window_right: tl.int32, dropout_threshold: tl.int32, dropout_rescale: tl.float32,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
-    NUM_XCDS: tl.constexpr, GROUP_HEADS: tl.constexpr, VARLEN: tl.constexpr,
+    NUM_XCDS: tl.constexpr, VARLEN: tl.constexpr,
     MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
     RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
     HAS_DLSE: tl.constexpr,
@@ -133,7 +133,7 @@ def attn_bwd_dq_kernel(
 
     out and dq are contiguous (rows, nheads, dim); lse, dlse and delta share one layout.
     """
-    block, batch_head = tile_of_program(num_blocks, batch_heads, NUM_XCDS, GROUP_HEADS)
+    block, batch_head = tile_of_program(num_blocks, batch_heads, NUM_XCDS)
     if MASK_RIGHT:
         block = num_blocks - 1 - block
     batch = batch_head // nheads
@@ -285,7 +285,7 @@ def attn_bwd_dkdv_kernel(
     window_left: tl.int32, window_right: tl.int32, dropout_threshold: tl.int32, dropout_rescale: tl.float32,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
-    NUM_XCDS: tl.constexpr, GROUP_HEADS: tl.constexpr, VARLEN: tl.constexpr,
+    NUM_XCDS: tl.constexpr, VARLEN: tl.constexpr,
     MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
     RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -293,7 +293,7 @@ def attn_bwd_dkdv_kernel(
 
     dk and dv are contiguous (rows, nheads_k, dim).
     """
-    block, batch_head_k = tile_of_program(num_blocks, batch_heads_k, NUM_XCDS, GROUP_HEADS)
+    block, batch_head_k = tile_of_program(num_blocks, batch_heads_k, NUM_XCDS)
     batch = batch_head_k // nheads_k
     head_k = batch_head_k % nheads_k
     nheads = nheads_k * group_size

@@ -23,23 +23,19 @@ INTERPRET = tl.constexpr(triton_interpret())
 
 
 @triton.jit
-def tile_of_program(num_blocks, num_heads_total, NUM_XCDS: tl.constexpr, GROUP_HEADS: tl.constexpr):
-    """Map the program id to (block, batch * heads index).
+def tile_of_program(num_blocks, num_heads_total, NUM_XCDS: tl.constexpr):
+    """Map the program id to (block, batch * heads index); the blocks of one head are neighbours.
 
     Hardware deals consecutive workgroups round-robin to the XCDs of multi-die chips.  Undoing that
     gives each XCD, with its own L2 cache, whole heads, so that the blocks of one head find their
-    K and V in cache.  Inside, GROUP_HEADS heads advance together, block by block.
+    K and V in cache.
     """
     pid = tl.program_id(0)
     if NUM_XCDS > 1:
         total = num_blocks * num_heads_total
         xcd = pid % NUM_XCDS
         pid = xcd * (total // NUM_XCDS) + tl.minimum(xcd, total % NUM_XCDS) + pid // NUM_XCDS
-    per_group = GROUP_HEADS * num_blocks
-    first = (pid // per_group) * GROUP_HEADS
-    size = tl.minimum(GROUP_HEADS, num_heads_total - first)
-    local = pid % per_group
-    return local // size, first + local % size
+    return pid % num_blocks, pid // num_blocks
 
 
 @triton.jit

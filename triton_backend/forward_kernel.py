@@ -98,7 +98,7 @@ def attn_fwd_kernel(
     dropout_threshold: tl.int32, dropout_rescale: tl.float32,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
-    NUM_XCDS: tl.constexpr, GROUP_HEADS: tl.constexpr, VARLEN: tl.constexpr,
+    NUM_XCDS: tl.constexpr, VARLEN: tl.constexpr,
     MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
     RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +106,7 @@ def attn_fwd_kernel(
 
     out is contiguous (rows, nheads, HEADDIM_V); lse is addressed by stride_lb, stride_lh and the row.
     """
-    block, batch_head = tile_of_program(num_blocks, batch_heads, NUM_XCDS, GROUP_HEADS)
+    block, batch_head = tile_of_program(num_blocks, batch_heads, NUM_XCDS)
     if MASK_RIGHT:
         # Later rows see more keys: starting with them evens out the end of the launch.
         block = num_blocks - 1 - block

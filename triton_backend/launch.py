@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
 
 from flash_rocm import runtime
 from flash_rocm.problem import AttentionInputs, AttentionProblem, lse_shape
@@ -17,10 +18,30 @@ from .plan import Plan, plan
 from .probs_kernel import attn_probs_kernel
 
 _KNOWN_MAX = 4096
+_hooks = triton.knobs.runtime
 #: Buffer instructions of AMD chips reach this far; Triton compiles another kernel beyond.
 _BUFFER_BYTES = (1 << 31) - 1
 
 Strides = tuple[int, int, int]
+
+
+class _Known:
+    """A compiled kernel with everything its launch takes but the pointers."""
+
+    __slots__ = ("compiled", "programs", "run", "function", "metadata", "tail", "stream_of")
+
+    def __init__(self, compiled: Any, programs: int, tail: tuple[Any, ...]) -> None:
+        self.compiled, self.programs, self.tail = compiled, programs, tail
+        self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
+        self.stream_of = triton.runtime.driver.active.get_current_stream
+
+    def launch(self, device_index: int, pointers: tuple[int | None, ...]) -> None:
+        if _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls:
+            # A profiler wants to see the launch: the way that calls its hooks.
+            self.compiled[(self.programs, 1, 1)](*pointers, *self.tail)
+            return
+        stream = self.stream_of(device_index)
+        self.run(self.programs, 1, 1, stream, self.function, self.metadata, None, None, None, *pointers, *self.tail)
 
 
 class Launcher:
@@ -35,20 +56,21 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self._known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+        self._known: dict[tuple[Any, ...], _Known] = {}
 
     def launch_known(self, key: tuple[Any, ...], tensors: tuple[torch.Tensor | None, ...]) -> bool:
         """Launch what :meth:`launch_new` remembered under ``key``; False if nothing was."""
         known = self._known.get(key)
         if known is None:
             return False
-        run, tail = known
-        device = tensors[0].device  # type: ignore[union-attr]
-        if device.index == torch.cuda.current_device():
-            run(*tensors, *tail)
+        index = tensors[0].get_device()  # type: ignore[union-attr]
+        # As numbers: Triton would ask the driver about each tensor, which the first launch has done.
+        pointers = tuple([None if x is None else x.data_ptr() for x in tensors])
+        if index == torch.cuda.current_device():
+            known.launch(index, pointers)
         else:
-            with torch.cuda.device(device):
-                run(*tensors, *tail)
+            with torch.cuda.device(index):
+                known.launch(index, pointers)
         return True
 
     def launch_new(
@@ -75,7 +97,7 @@ class Launcher:
         if not runtime.triton_interpret():
             if len(self._known) >= _KNOWN_MAX:
                 self._known.clear()
-            self._known[key] = (compiled[(programs, 1, 1)], tail)
+            self._known[key] = _Known(compiled, programs, tail)
 
 
 #: The kernels by the names that configs use.
@@ -115,10 +137,13 @@ def _lse_strides(softmax_lse: torch.Tensor) -> tuple[int, int]:
     return (stride[0], stride[1]) if len(stride) == 3 else (0, stride[0])
 
 
-def _layout(current: Plan, itemsize: int, strides: tuple[Strides, ...], contiguous_row: int) -> tuple[int, bool]:
-    """VEC, the largest power of two up to 16 bytes that divides every stride, and WIDE.
+def _layout_constants(
+    current: Plan, itemsize: int, strides: tuple[Strides, ...], contiguous_row: int
+) -> dict[str, Any]:
+    """Kernel constants that follow from the layout.
 
-    WIDE: an offset inside one tile can pass 2^31 elements.
+    VEC is the largest power of two, up to 16 bytes, that divides every stride.  WIDE: an offset inside
+    one tile can pass 2^31 elements.
     """
     combined = 16 // itemsize
     longest_row = contiguous_row
@@ -126,7 +151,14 @@ def _layout(current: Plan, itemsize: int, strides: tuple[Strides, ...], contiguo
         combined |= batch | row | head
         longest_row = max(longest_row, row)
     rows = max(current.config.BLOCK_M, current.config.BLOCK_N)
-    return combined & -combined, longest_row * rows >= 1 << 31
+    vec = combined & -combined
+    constants: dict[str, Any] = {"VEC": vec, "WIDE": longest_row * rows >= 1 << 31}
+    if vec * itemsize < 4 and "BLOCK_DV" in current.constants:
+        # Seen on an H200 with Triton 3.6: loads of 2 bytes, which cannot be asynchronous copies, into a
+        # V tile narrower than the K tile give wrong results or fault.  Equal tiles are right.
+        block = max(current.constants["BLOCK_D"], current.constants["BLOCK_DV"])
+        constants |= {"BLOCK_D": block, "BLOCK_DV": block}
+    return constants
 
 
 def _divided(strides: tuple[Strides, ...], vec: int) -> tuple[int, ...]:
@@ -162,11 +194,13 @@ def _new(x: torch.Tensor, shape: Sequence[int], varlen: bool) -> torch.Tensor:
 def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse of one call; see :class:`flash_rocm.backends.Backend`."""
     q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, _ = inputs
-    out = _new(q, (*q.shape[:-1], problem.headdim_v), problem.varlen)
     if problem.varlen:
-        lse = torch.full(lse_shape(q), float("-inf"), dtype=torch.float32, device=q.device)
+        # Rows that no sequence owns are not written by the kernel.
+        out = q.new_zeros((*q.shape[:-1], problem.headdim_v))
+        lse = q.new_full(lse_shape(q), float("-inf"), dtype=torch.float32)
     else:
-        lse = torch.empty(lse_shape(q), dtype=torch.float32, device=q.device)
+        out = q.new_empty((problem.batch, problem.seqlen_q, problem.nheads, problem.headdim_v))
+        lse = q.new_empty((problem.batch, problem.nheads, problem.seqlen_q), dtype=torch.float32)
     tensors = (q, k, v, out, lse, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
     facts = _pointer_facts(q, k, v, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
     key = (problem, q.stride(), k.stride(), v.stride(), slopes is None or slopes.stride(), q.device, facts)
@@ -175,9 +209,9 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
         return out, lse
     current = plan("forward", problem, runtime.arch_of(q.device))
     strides = (_strides(q), _strides(k), _strides(v))
-    vec, wide = _layout(current, q.element_size(), strides, problem.nheads * problem.headdim_v)
+    constants = _layout_constants(current, q.element_size(), strides, problem.nheads * problem.headdim_v)
     scalars = (
-        *_divided(strides, vec),
+        *_divided(strides, constants["VEC"]),
         *_lse_strides(lse),
         _slopes_stride(slopes),
         *_counts(problem, current, problem.nheads),
@@ -185,7 +219,7 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
         current.dropout_rescale,
     )
     programs = current.blocks * problem.batch * problem.nheads
-    launcher.launch_new(key, current, programs, tensors, scalars, {"VEC": vec, "WIDE": wide})
+    launcher.launch_new(key, current, programs, tensors, scalars, constants)
     return out, lse
 
 
@@ -236,9 +270,10 @@ def backward(
         ("backward_dkdv", dkdv_tensors, problem.nheads_k),
     ):
         current = plan(kernel, problem, runtime.arch_of(q.device))
-        vec, wide = _layout(current, q.element_size(), strides, longest_row)
+        constants = _layout_constants(current, q.element_size(), strides, longest_row)
+        constants["HAS_DLSE"] = dlse is not None
         scalars = (
-            *_divided(strides, vec),
+            *_divided(strides, constants["VEC"]),
             *_lse_strides(softmax_lse),
             _slopes_stride(slopes),
             *_counts(problem, current, heads),
@@ -246,7 +281,6 @@ def backward(
             *_modifiers(current),
             current.dropout_rescale,
         )
-        constants = {"VEC": vec, "WIDE": wide, "HAS_DLSE": dlse is not None}
         KERNELS[kernel].launch_new(key, current, current.blocks * problem.batch * heads, tensors, scalars, constants)
     return dq, dk, dv
 
@@ -258,10 +292,10 @@ def probs(problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch
     current = plan("probs", problem, runtime.arch_of(q.device))
     result = q.new_zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
     strides = (_strides(q), _strides(k))
-    vec, wide = _layout(current, q.element_size(), strides, 0)
+    constants = _layout_constants(current, q.element_size(), strides, 0)
     tensors = (q, k, softmax_lse, result, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
     scalars = (
-        *_divided(strides, vec),
+        *_divided(strides, constants["VEC"]),
         *_lse_strides(softmax_lse),
         _slopes_stride(slopes),
         *_counts(problem, current, problem.nheads),
@@ -270,5 +304,5 @@ def probs(problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch
     key = (problem, q.stride(), k.stride(), slopes is None or slopes.stride(), q.device, _pointer_facts(*tensors))
     if not KERNELS["probs"].launch_known(key, tensors):
         programs = current.blocks * problem.batch * problem.nheads
-        KERNELS["probs"].launch_new(key, current, programs, tensors, scalars, {"VEC": vec, "WIDE": wide})
+        KERNELS["probs"].launch_new(key, current, programs, tensors, scalars, constants)
     return result

@@ -82,7 +82,6 @@ def plan(kernel: str, problem: AttentionProblem, arch: Arch) -> Plan:
         "BLOCK_M": entry.BLOCK_M,
         "BLOCK_N": entry.BLOCK_N,
         "NUM_XCDS": arch.num_xcds,
-        "GROUP_HEADS": entry.GROUP_HEADS,
         "VARLEN": problem.varlen,
         "MASK_LEFT": problem.window_left >= 0,
         "MASK_RIGHT": problem.window_right >= 0,

@@ -36,12 +36,12 @@ def attn_probs_kernel(
     dropout_threshold: tl.int32,
     HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     VEC: tl.constexpr, WIDE: tl.constexpr,
-    NUM_XCDS: tl.constexpr, GROUP_HEADS: tl.constexpr, VARLEN: tl.constexpr,
+    NUM_XCDS: tl.constexpr, VARLEN: tl.constexpr,
     MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
     RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of probs (batch, nheads, seqlen_q, seqlen_k), zeroed by the caller."""
-    block, batch_head = tile_of_program(num_blocks, batch_heads, NUM_XCDS, GROUP_HEADS)
+    block, batch_head = tile_of_program(num_blocks, batch_heads, NUM_XCDS)
     batch = batch_head // nheads
     head = batch_head % nheads
     start_q, rows_total = sequence_bounds(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)

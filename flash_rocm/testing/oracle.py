@@ -24,8 +24,8 @@ class Oracle:
       approach to probabilistic rounding error analysis", 2019).  That matters where terms cancel, as in
       dq and dk of a row that sees one key: they are exactly 0, and so is the error of the plain computation;
     * backward starts from the ``out`` that forward rounded and stored: dq and dk also get the error that
-      rounding the exact ``out`` to its dtype causes, computed, not bounded.  Likewise probs are
-      recomputed from the LSE that forward rounded and stored, eps / 2 * |lse| off.
+      rounding the exact ``out`` to its dtype causes, computed, not bounded.  Likewise backward and
+      probs recompute P from the LSE that forward rounded and stored, eps / 2 * |lse| off.
     """
 
     out: torch.Tensor
@@ -195,6 +195,8 @@ def _roundings(
         "probs": largest(p * (terms + stored_lse), dim),
     }
     if dout is not None:
+        # One rounding of LSE moves a whole row of P at once; its terms do not average out.
+        row = stored_lse * unit
         dp = torch.einsum("ihd,jhd->hij", dout.abs(), v.abs()) * factor
         ds = dp + (p * dp).sum(-1, keepdim=True)
         if dlse is not None:
@@ -207,4 +209,7 @@ def _roundings(
         bands["dk"] = largest(by_kv_head(torch.einsum("hij,ihd->jhd", ds, q.abs())), dim + dim_v + sq * group)
         bands["dk"] += by_kv_head(torch.einsum("hij,ihd->jhd", ds_lost, q)).abs().max()
         bands["dv"] = largest(by_kv_head(torch.einsum("hij,ihd->jhd", p_dropped, dout.abs())), dim + sq * group)
+        bands["dq"] += torch.einsum("hij,jhd->ihd", ds * row, k.abs()).max()
+        bands["dk"] += by_kv_head(torch.einsum("hij,ihd->jhd", ds * row, q.abs())).max()
+        bands["dv"] += by_kv_head(torch.einsum("hij,ihd->jhd", p_dropped * row, dout.abs())).max()
     return {name: float(band) for name, band in bands.items()}
