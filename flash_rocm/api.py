@@ -293,8 +293,7 @@ def explain(
         if cu_seqlens_k is None:
             raise validation.invalid("cu_seqlens_k", "a tensor like cu_seqlens_q", None)
         validation.check_varlen(q, cu_seqlens_q, cu_seqlens_k, block_table)
-    else:
-        scale = default_softmax_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
+    scale = default_softmax_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
     left, right = validation.check_scalars(dropout_p, scale, window_size, softcap)
     lengths = [
         given if given is not None else x.shape[0 if varlen else 1]

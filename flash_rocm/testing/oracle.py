@@ -156,7 +156,7 @@ def _naive_sequence(
     p = torch.softmax(scores, dim=-1).masked_fill(~alive[:, None], 0.0)
     kept, dropped = torch.ones_like(p, dtype=torch.bool), p
     if problem.dropout_p > 0.0 and inputs.rng_state is not None:
-        kept = oracle_keep(inputs.rng_state, problem, b, sq, sk).to(q.device)
+        kept = oracle_keep(inputs.rng_state, problem, b, sq, sk)
         dropped = p * kept.to(q.dtype) / (1.0 - problem.dropout_p)
     out = torch.einsum("hij,jhd->ihd", dropped, v)
     return _Sequence(out, lse, p, kept, slope, visible)

@@ -28,9 +28,11 @@ def philox_words(counter: Sequence[Any], key: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def oracle_keep(rng_state: torch.Tensor, problem: AttentionProblem, b: int, sq: int, sk: int) -> torch.Tensor:
-    """Dropout keep mask (nheads, sq, sk) of batch ``b``, bool, on the CPU."""
-    seed, offset = (int(x) for x in rng_state)
-    h, i, j = torch.meshgrid(torch.arange(problem.nheads), torch.arange(sq), torch.arange(sk), indexing="ij")
+    """Dropout keep mask (nheads, sq, sk) of batch ``b``, bool, on the device of ``rng_state``."""
+    seed, offset = rng_state.tolist()
+    h, i, j = torch.meshgrid(
+        *(torch.arange(n, device=rng_state.device) for n in (problem.nheads, sq, sk)), indexing="ij"
+    )
     counter = (j, i, b * problem.nheads + h, torch.full_like(j, offset))
     word = philox_words(counter, (seed % 2**32, (seed // 2**32) % 2**32))[0]
     return word // 2 >= dropout_threshold(problem.dropout_p)
