@@ -27,7 +27,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PACKAGE := pyproject.toml setup.py flash_rocm/__init__.py
 
-.PHONY: demo test lint bench venv clean
+.PHONY: demo test lint bench venv clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -62,7 +62,11 @@ $(VENV)/.python:
 	$(PIP) install "setuptools>=77" wheel
 	@touch $@
 
-$(VENV)/.torch: $(VENV)/.python
+# Holds the text of $(TORCH), and so is out of date when that changes.
+$(VENV)/.torch-version: $(VENV)/.python FORCE
+	@echo '$(TORCH) $(TRITON)' | cmp -s - $@ || echo '$(TORCH) $(TRITON)' > $@
+
+$(VENV)/.torch: $(VENV)/.torch-version
 	$(PIP) install $(TORCH)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install $(TRITON)
 	@touch $@

@@ -144,7 +144,8 @@ def flash_attn_varlen_func(
         v: like k, with headdim_v.
         cu_seqlens_q: (batch + 1,) int32, starts of the sequences in q and their end.  The contents
             are not read back (no wait for the GPU): entries must not decrease, must stay within
-            total_q, and no length may pass max_seqlen_q; what lies outside is not computed.
+            total_q, and no length may pass max_seqlen_q.  Rows beyond max_seqlen_q are not computed;
+            other violations are undefined.
         cu_seqlens_k: likewise for k.
         max_seqlen_q: the longest query sequence, a host number.
         max_seqlen_k: the longest key sequence.
@@ -285,20 +286,32 @@ def explain(
     Raises:
         ValueError: the arguments are wrong.  A call that no back end can run does not raise here.
     """
-    varlen = cu_seqlens_q is not None
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    validation.check_qkv(q, k, v, 3 if varlen else 4, 3 if varlen and block_table is None else 4)
-    validation.check_alibi(alibi_slopes, q, batch)
-    if cu_seqlens_q is not None:
+    q, k, v = _autocast(q, k, v)
+    varlen_only = {
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "block_table": block_table,
+    }
+    if cu_seqlens_q is None:
+        for name, value in varlen_only.items():
+            if value is not None:
+                raise validation.invalid(name, "None without cu_seqlens_q", "a value", "a varlen call needs both.")
+        validation.check_qkv(q, k, v, 4, 4)
+        batch, max_seqlen_q, max_seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+    else:
         if cu_seqlens_k is None:
             raise validation.invalid("cu_seqlens_k", "a tensor like cu_seqlens_q", None)
+        validation.check_qkv(q, k, v, 3, 3 if block_table is None else 4)
         validation.check_varlen(q, cu_seqlens_q, cu_seqlens_k, block_table)
+        batch = cu_seqlens_q.shape[0] - 1
+        max_seqlen_q = validation.check_max_seqlen("max_seqlen_q", q.shape[0] if max_seqlen_q is None else max_seqlen_q)
+        total_k = k.shape[0] if block_table is None else block_table.shape[1] * k.shape[1]
+        max_seqlen_k = validation.check_max_seqlen("max_seqlen_k", total_k if max_seqlen_k is None else max_seqlen_k)
+    validation.check_alibi(alibi_slopes, q, batch)
     scale = default_softmax_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
     left, right = validation.check_scalars(dropout_p, scale, window_size, softcap)
-    lengths = [
-        given if given is not None else x.shape[0 if varlen else 1]
-        for given, x in ((max_seqlen_q, q), (max_seqlen_k, k))
-    ]
+    lengths = (max_seqlen_q, max_seqlen_k)
     scalars = (*lengths, scale, left, 0 if causal else right, softcap, dropout_p, deterministic, _needs_grad(q, k, v))
     problem = ops.problem_of(
         AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, None, block_table), (*scalars, "")
@@ -310,9 +323,12 @@ def explain(
 
 def _autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Under autocast attention runs in the autocast dtype, like torch's own SDPA."""
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        return q.to(dtype), k.to(dtype), v.to(dtype)
+    device_type = "cuda" if q.is_cuda else q.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device_type)
+    # float64 and integers stay what they are, as in every operation under autocast.
+    q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     return q, k, v
 
 

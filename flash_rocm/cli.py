@@ -104,7 +104,9 @@ def info_lines() -> list[str]:
 def _config_file(arch: str) -> str:
     """Name of the file an arch takes its kernel configs from."""
     try:
-        return config.lookup(arch, "forward", dtype="float16", headdim=64, masked=False).source.split()[0]
+        return config.lookup(
+            arch, "forward", dtype="float16", headdim=64, masked=False, config_dir=runtime.config_dir()
+        ).source.split()[0]
     except config.ConfigError as error:
         return f"error, {error}"
 
@@ -220,12 +222,7 @@ def _explain(args: argparse.Namespace) -> int:
         shape = (batch * seqlen, heads, dim) if args.varlen else (batch, seqlen, heads, dim)
         return torch.empty(shape, dtype=DTYPES[args.dtype], device="meta", requires_grad=args.backward)
 
-    cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta") if args.varlen else None
     call = {
-        "cu_seqlens_q": cu_seqlens,
-        "cu_seqlens_k": cu_seqlens,
-        "max_seqlen_q": seqlen_q,
-        "max_seqlen_k": seqlen_k,
         "dropout_p": args.dropout,
         "causal": args.causal,
         "window_size": tuple(args.window),
@@ -234,6 +231,10 @@ def _explain(args: argparse.Namespace) -> int:
         "deterministic": args.deterministic,
         "arch": args.arch or _devices()[-1][1],
     }
+    if args.varlen:
+        cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta")
+        call |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+        call |= {"max_seqlen_q": seqlen_q, "max_seqlen_k": seqlen_k}
     try:
         with runtime.use_backend(args.backend or runtime.requested_backend()):
             found = flash_rocm.explain(

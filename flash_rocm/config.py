@@ -146,17 +146,20 @@ def _entries(arch: str, override: str | None) -> tuple[_Entry, ...]:
     return tuple(_checked_entry(path, index, raw) for index, raw in enumerate(contents["triton"]))
 
 
-def lookup(arch: str, kernel: str, *, dtype: str, headdim: int, masked: bool) -> KernelConfig:
+def lookup(
+    arch: str, kernel: str, *, dtype: str, headdim: int, masked: bool, config_dir: str | None = None
+) -> KernelConfig:
     """The first entry of the arch's file that matches.
 
     Args:
         arch: "gfx942", "sm90", ...; without a file of its own it takes ``generic.json``.
         headdim: the padded head dim, the larger of q's and v's.
+        config_dir: a folder whose files replace the shipped ones.
 
     Raises:
         ConfigError: a file is wrong, or no entry matches.
     """
-    for entry in _entries(arch, runtime.config_dir()):
+    for entry in _entries(arch, config_dir):
         if entry.matches(kernel, dtype, headdim, masked):
             return entry.config
     raise ConfigError(

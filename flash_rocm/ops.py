@@ -10,9 +10,10 @@ long on the host as the launch itself.  Both ways run the same three functions.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from flash_rocm import backends, runtime
 from flash_rocm.problem import AttentionInputs, AttentionProblem, accumulate_dtype, lse_shape
@@ -65,40 +66,51 @@ def problem_of(inputs: AttentionInputs, scalars: tuple[Any, ...]) -> AttentionPr
     )
 
 
+class _Decision(NamedTuple):
+    problem: AttentionProblem
+    backend: backends.Backend
+    is_empty: bool  # nothing to attend to, or nobody to attend: no kernel is launched
+
+
 # Building and deciding take longer on the host than launching a small kernel, and repeat for every
 # call of a layer: remember them by the facts they depend on.
-_decided: dict[tuple[Any, ...], tuple[AttentionProblem, backends.Backend]] = {}
+_decided: dict[tuple[Any, ...], _Decision] = {}
 _DECIDED_MAX = 4096
 
 
-def _decide(args: tuple[Any, ...]) -> tuple[AttentionProblem, backends.Backend]:
+def _decide(args: tuple[Any, ...]) -> _Decision:
     """The problem and its back end, for operator arguments in schema order."""
     q, k, v, cu_seqlens_q, _, alibi_slopes, _, block_table = args[:_NUM_TENSORS]
     scalars = args[_NUM_TENSORS:]
-    request = scalars[-1] or runtime.requested_backend()
-    batch_entries = None if cu_seqlens_q is None else cu_seqlens_q.shape
-    absent = (alibi_slopes is None, block_table is None)
-    key = (request, q.shape, k.shape, v.shape, q.dtype, q.device, batch_entries, absent, scalars)
+    key = (
+        scalars,
+        scalars[-1] or runtime.requested_backend(),
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        q.device,
+        cu_seqlens_q is None or cu_seqlens_q.shape,
+        alibi_slopes is None,
+        block_table is None,
+    )
     found = _decided.get(key)
     if found is None:
         problem = problem_of(AttentionInputs(*args[:_NUM_TENSORS]), scalars)
-        name = backends.select(problem, runtime.arch_of(q.device), request)
+        name = backends.select(problem, runtime.arch_of(q.device), key[1])
+        runtime.warn_of_unused_variables()
         runtime.log_once(f"back end {name} for {problem.dtype} on {q.device.type}")
+        is_empty = 0 in (q.numel(), k.numel(), problem.seqlen_q, problem.seqlen_k)
         if len(_decided) >= _DECIDED_MAX:
             _decided.clear()
-        found = _decided[key] = (problem, backends.load(name))
+        found = _decided[key] = _Decision(problem, backends.load(name), is_empty)
     return found
 
 
-def _is_empty(problem: AttentionProblem, inputs: AttentionInputs) -> bool:
-    """Nothing to attend to or nobody to attend: no kernel is launched."""
-    return inputs.q.numel() == 0 or inputs.k.numel() == 0 or problem.seqlen_q == 0 or problem.seqlen_k == 0
-
-
 def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = AttentionInputs(*args[:_NUM_TENSORS])
-    problem, backend = _decide(args)
-    if _is_empty(problem, inputs):
+    problem, backend, is_empty = _decide(args)
+    inputs = AttentionInputs._make(args[:_NUM_TENSORS])
+    if is_empty:
         q = inputs.q
         lse = q.new_full(lse_shape(q), float("-inf"), dtype=accumulate_dtype(q.dtype))
         return q.new_zeros((*q.shape[:-1], problem.headdim_v)), lse
@@ -114,9 +126,9 @@ def _forward_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _backward(
     dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, softmax_lse: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = AttentionInputs(*args[:_NUM_TENSORS])
-    problem, backend = _decide(args)
-    if _is_empty(problem, inputs):
+    inputs = AttentionInputs._make(args[:_NUM_TENSORS])
+    problem, backend, is_empty = _decide(args)
+    if is_empty:
         return tuple(x.new_zeros(x.shape) for x in (inputs.q, inputs.k, inputs.v))  # type: ignore[return-value]
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
@@ -130,9 +142,9 @@ def _backward_fake(
 
 
 def _probs(softmax_lse: torch.Tensor, *args: Any) -> torch.Tensor:
-    inputs = AttentionInputs(*args[:_NUM_TENSORS])
-    problem, backend = _decide(args)
-    if _is_empty(problem, inputs):
+    inputs = AttentionInputs._make(args[:_NUM_TENSORS])
+    problem, backend, is_empty = _decide(args)
+    if is_empty:
         return inputs.q.new_zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
     return backend.probs(problem, inputs, softmax_lse)
 
@@ -157,7 +169,10 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
         return (None, None, None, *unused)
     if dout is None:
         dout = torch.zeros_like(out)
-    backward = _backward if _is_plain(dout, out, softmax_lse) else torch.ops.flash_rocm.attention_backward.default
+    if torch.is_grad_enabled():  # a graph of the backward is wanted (create_graph, torch.func)
+        backward: Any = _DifferentiatedBackward.apply
+    else:
+        backward = _backward if _is_plain(dout, out, softmax_lse) else torch.ops.flash_rocm.attention_backward.default
     return (*backward(dout, dlse, out, softmax_lse, *tensors, *ctx.scalars), *unused)
 
 
@@ -171,16 +186,49 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
         return _autograd(ctx, *gradients)
+
+
+def _no_second_derivative(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+    raise NotImplementedError("flash_rocm::attention_backward: attention has no second derivative here.")
+
+
+def _no_vmap(name: str) -> Any:
+    def refuse(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise NotImplementedError(
+            f"flash_rocm::{name}: torch.func.vmap is not supported. "
+            "Hint: attention is batched already, fold the mapped dim into the batch."
+        )
+
+    return refuse
+
+
+class _Transformed(torch.autograd.Function):
+    """For torch.func and forward-mode AD, of which registered autograd knows nothing."""
+
+    forward = staticmethod(torch.ops.flash_rocm.attention_forward.default)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_autograd)
+    vmap = staticmethod(_no_vmap("attention_forward"))
+
+
+class _DifferentiatedBackward(torch.autograd.Function):
+    """Connects the gradients to all they depend on, so that their own derivative is an error, not zero."""
+
+    forward = staticmethod(torch.ops.flash_rocm.attention_backward.default)
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(_no_second_derivative)
+    vmap = staticmethod(_no_vmap("attention_backward"))
 
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 def _is_plain(*tensors: torch.Tensor) -> bool:
-    """No subclass, dispatch mode, functorch transform or tracer that should see the operator."""
+    """No subclass, meta tensor, dispatch mode, functorch transform or tracer that should see the operator."""
+    if tensors[0].is_meta:
+        return False
     for x in tensors:
         if type(x) not in _PLAIN_TYPES:
             return False
@@ -194,25 +242,17 @@ def attention_forward(compiling: bool, args: tuple[Any, ...]) -> tuple[torch.Ten
         compiling: whether torch.compile is tracing this.
         args: in the order of the schema.
     """
+    needs_grad = args[-2]
+    if forward_ad._current_level >= 0 or (needs_grad and torch._C._are_functorch_transforms_active()):
+        return _Transformed.apply(*args)
     if compiling or not _is_plain(args[0], args[1], args[2]):
         return torch.ops.flash_rocm.attention_forward.default(*args)
-    needs_grad = args[-2]
     return _Attention.apply(*args) if needs_grad else _forward(*args)
 
 
 def attention_probs(*args: Any) -> torch.Tensor:
     """S_dmask, not differentiable; arguments in the order of the schema."""
     return torch.ops.flash_rocm.attention_probs.default(*args)
-
-
-def _no_vmap(name: str) -> Any:
-    def refuse(info: Any, in_dims: Any, *args: Any) -> Any:
-        raise NotImplementedError(
-            f"flash_rocm::{name}: torch.func.vmap is not supported. "
-            "Hint: attention is batched already, fold the mapped dim into the batch."
-        )
-
-    return refuse
 
 
 for _name, _impl, _fake in (

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -21,6 +21,10 @@ BACKEND_NAMES = ("ck", "triton", "reference")
 REQUESTS = ("auto", *BACKEND_NAMES)
 
 logger = logging.getLogger("flash_rocm")
+
+# Each attention call looks for variables that are hardly ever set.  os.environ would raise and catch a
+# KeyError for each; the table behind it (the same live data) just answers.
+_variables: Mapping[bytes, bytes] = getattr(os.environb, "_data", os.environb)
 
 #: Set by :func:`use_backend`.  A plain global, because torch.compile guards on globals: a graph
 #: traced under one choice is traced again under another.
@@ -36,20 +40,21 @@ def environment_request() -> str:
     Raises:
         ValueError: ``FLASH_ROCM_BACKEND`` names no back end.
     """
-    ours = os.environ.get("FLASH_ROCM_BACKEND")
-    theirs = os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE")
-    if ours:
+    raw = _variables.get(b"FLASH_ROCM_BACKEND")
+    theirs = _variables.get(b"FLASH_ATTENTION_TRITON_AMD_ENABLE")
+    if raw:
+        ours = os.fsdecode(raw)
         request = ours.strip().lower()
         if request not in REQUESTS:
             raise ValueError(
                 f"FLASH_ROCM_BACKEND: expected one of {', '.join(REQUESTS)}, got {ours!r}. Hint: unset it for 'auto'."
             )
-        if theirs == "TRUE" and request != "triton":
+        if theirs == b"TRUE" and request != "triton":
             _warn_once(
                 f"FLASH_ROCM_BACKEND={request} overrides FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE (which asks for triton)"
             )
         return request
-    return "triton" if theirs == "TRUE" else "auto"
+    return "triton" if theirs == b"TRUE" else "auto"
 
 
 def requested_backend() -> str:
@@ -91,7 +96,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def config_dir() -> str | None:
     """``FLASH_ROCM_CONFIG_DIR``: a folder of kernel configs that replaces the shipped one, file by file."""
-    return os.environ.get("FLASH_ROCM_CONFIG_DIR") or None
+    raw = _variables.get(b"FLASH_ROCM_CONFIG_DIR")
+    return os.fsdecode(raw) if raw else None
 
 
 def triton_interpret() -> bool:
@@ -119,6 +125,14 @@ _UNUSED_VARIABLES = (
 )
 #: Variables of the driver and of torch that decide which devices are seen.
 _DEVICE_VARIABLES = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION")
+
+
+def warn_of_unused_variables() -> None:
+    """One warning that names the variables which are set, and which this version does not act on."""
+    names = [name for name in _UNUSED_VARIABLES if os.environ.get(name)]
+    if names:
+        pronoun = "it" if len(names) == 1 else "them"
+        _warn_once(f"{', '.join(names)}: set, but this version of flash_rocm does not read {pronoun} yet")
 
 
 def environment_report() -> list[tuple[str, str, str]]:
@@ -154,6 +168,7 @@ def configure_logging() -> None:
         raise ValueError(f"FLASH_ROCM_LOG: expected debug, info or warning, got {level!r}.")
     logger.setLevel(level.upper())
     if not logger.handlers:
+        logger.propagate = False  # the root logger, if it has a handler, would print the line again
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("flash_rocm %(levelname)s: %(message)s"))
         logger.addHandler(handler)

@@ -7,13 +7,14 @@ tensor contents, so nothing waits for a GPU.
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 
 from flash_rocm.problem import MAX_SEQLEN
 
 UNLIMITED = (-1, -1)
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def invalid(argument: str, expected: str, got: object, hint: str = "") -> ValueError:
@@ -32,7 +33,7 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int, kv_d
         and q.dtype == k.dtype == v.dtype
         and q.dtype in FLOAT_DTYPES
         and q.device == k.device == v.device
-        and k_shape[:-1] == v_shape[:-1]
+        and (k_shape == v_shape or k_shape[:-1] == v_shape[:-1])
         and q_shape[-1] == k_shape[-1] > 0
         and v_shape[-1] > 0
         and k_shape[-2] > 0
@@ -116,12 +117,12 @@ def check_scalars(
         raise invalid("softcap", "a finite number >= 0", softcap, "0.0 turns softcap off.")
     if window_size == UNLIMITED:
         return UNLIMITED
-    if len(window_size) != 2:
-        raise invalid("window_size", "(left, right)", window_size)
-    left, right = window_size
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise invalid("window_size", "(left, right)", window_size, "(-1, -1) means no window.")
+    left, right = (_whole_number("window_size", entry) for entry in window_size)
     if left < -1 or right < -1:
         raise invalid("window_size", "entries >= -1", tuple(window_size), "-1 means unlimited.")
-    return min(int(left), MAX_SEQLEN), min(int(right), MAX_SEQLEN)
+    return min(left, MAX_SEQLEN), min(right, MAX_SEQLEN)
 
 
 def check_alibi(alibi_slopes: torch.Tensor | None, q: torch.Tensor, batch: int) -> None:
@@ -160,11 +161,22 @@ def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor, q: torch.Tensor) -> No
 
 def check_max_seqlen(name: str, max_seqlen: int) -> int:
     """A length in [0, MAX_SEQLEN]."""
-    if isinstance(max_seqlen, torch.Tensor):
-        raise invalid(name, "an int", "a tensor", "reading it would wait for the GPU: pass a host number.")
+    max_seqlen = _whole_number(name, max_seqlen)
     if not 0 <= max_seqlen <= MAX_SEQLEN:
         raise invalid(name, f"an int in [0, {MAX_SEQLEN}]", max_seqlen)
     return max_seqlen
+
+
+def _whole_number(name: str, value: object) -> int:
+    """An int (or what is one, such as a numpy integer; symbolic under torch.compile)."""
+    if isinstance(value, torch.Tensor):
+        raise invalid(name, "an int", "a tensor", "reading it would wait for the GPU: pass a host number.")
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise invalid(name, "an int", f"{value!r} ({type(value).__name__})") from None
 
 
 def check_varlen(

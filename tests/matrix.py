@@ -18,11 +18,12 @@ import torch
 
 from flash_rocm import ops
 from flash_rocm.backends import CAPABILITIES
-from flash_rocm.problem import AttentionProblem
+from flash_rocm.problem import FEATURES, AttentionProblem
 from flash_rocm.testing import assert_attention_close, make_inputs, make_problem
 
-#: Features that the matrix combines.  "gqa" and "deterministic" are not compiled for.
-COMBINED = ("causal", "window", "softcap", "alibi", "dropout", "headdim_v", "gqa", "deterministic", "dlse")
+#: Features that the matrix combines.  Dense/varlen and forward/backward are dimensions of their own;
+#: paged K/V is tested with the KV cache; dlse is a gradient through softmax_lse.
+COMBINED = (*sorted(FEATURES - {"varlen", "backward", "paged"}), "dlse")
 HEADDIMS = (32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256, 512, 1, 8, 100)
 #: (head dim of q and k, of v)
 HEADDIM_PAIRS = ((192, 128), (128, 64), (40, 72), (64, 96), (59, 17), (256, 32))

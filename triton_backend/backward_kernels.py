@@ -81,8 +81,8 @@ def _accumulate_dq(
     v_offsets = tile_offsets(cols_in_tile, stride_vn, dims_v, VEC, WIDE)
     for start in tl.range(begin, end, BLOCK_N):
         cols = start + cols_in_tile
-        k_tile = k_ptr + tl.cast(start, tl.int64) * (stride_kn * VEC)
-        v_tile = v_ptr + tl.cast(start, tl.int64) * (stride_vn * VEC)
+        k_tile = k_ptr + tl.cast(start, tl.int64) * stride_kn * VEC
+        v_tile = v_ptr + tl.cast(start, tl.int64) * stride_vn * VEC
         k = load_tile(k_tile + k_offsets, cols, seqlen_k, dims, HEADDIM, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
         v = load_tile(v_tile + v_offsets, cols, seqlen_k, dims_v, HEADDIM_V, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
         qk = dot(q, tl.trans(k), None)  # [BLOCK_M, BLOCK_N]
@@ -113,11 +113,12 @@ def _accumulate_dq(
 def attn_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
     alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    stride_lb: tl.int64, stride_lh: tl.int64,
     stride_qb: tl.int64, stride_qm: tl.int32, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int32, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int32, stride_vh: tl.int64,
     stride_dob: tl.int64, stride_dom: tl.int32, stride_doh: tl.int64,
-    stride_lb: tl.int64, stride_lh: tl.int64, stride_alibi_batch: tl.int32,
+    stride_alibi_batch: tl.int32,
     batch_heads: tl.int32, nheads: tl.int32, group_size: tl.int32,
     seqlen_q: tl.int32, seqlen_k: tl.int32, num_blocks: tl.int32,
     softmax_scale: tl.float32, scale: tl.float32, softcap_log2: tl.float32,
@@ -233,8 +234,8 @@ def _accumulate_dkdv(
     do_offsets = tile_offsets(rows_in_tile, stride_dom, dims_v, VEC, WIDE)
     for start in tl.range(begin, end, BLOCK_M):
         rows = start + rows_in_tile
-        q_tile = q_ptr + tl.cast(start, tl.int64) * (stride_qm * VEC)
-        do_tile = do_ptr + tl.cast(start, tl.int64) * (stride_dom * VEC)
+        q_tile = q_ptr + tl.cast(start, tl.int64) * stride_qm * VEC
+        do_tile = do_ptr + tl.cast(start, tl.int64) * stride_dom * VEC
         q = load_tile(q_tile + q_offsets, rows, seqlen_q, dims, HEADDIM, BLOCK_D, MASKED)  # [BLOCK_M, BLOCK_D]
         do = load_tile(do_tile + do_offsets, rows, seqlen_q, dims_v, HEADDIM_V, BLOCK_DV, MASKED)  # [BLOCK_M, BLOCK_DV]
         if MASKED:
@@ -274,11 +275,12 @@ def _accumulate_dkdv(
 def attn_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    stride_lb: tl.int64, stride_lh: tl.int64,
     stride_qb: tl.int64, stride_qm: tl.int32, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int32, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int32, stride_vh: tl.int64,
     stride_dob: tl.int64, stride_dom: tl.int32, stride_doh: tl.int64,
-    stride_lb: tl.int64, stride_lh: tl.int64, stride_alibi_batch: tl.int32,
+    stride_alibi_batch: tl.int32,
     batch_heads_k: tl.int32, nheads_k: tl.int32, group_size: tl.int32,
     seqlen_q: tl.int32, seqlen_k: tl.int32, num_blocks: tl.int32,
     softmax_scale: tl.float32, scale: tl.float32, softcap_log2: tl.float32,

@@ -43,7 +43,7 @@ def _attend(
     v_offsets = tile_offsets(cols_in_tile, stride_vn, dims_v, VEC, WIDE)
     for start in tl.range(begin, end, BLOCK_N):
         cols = start + cols_in_tile
-        k_tile = k_ptr + tl.cast(start, tl.int64) * (stride_kn * VEC)
+        k_tile = k_ptr + tl.cast(start, tl.int64) * stride_kn * VEC
         k = load_tile(k_tile + k_offsets, cols, seqlen_k, dims, HEADDIM, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
         s = dot(q, tl.trans(k), None)  # [BLOCK_M, BLOCK_N]
         if not RAW_SCALE:
@@ -71,7 +71,7 @@ def _attend(
         if DROPOUT:
             keep = dropout_keep(rng_ptr, rows[:, None], cols[None, :], head_index, dropout_threshold)
             p = tl.where(keep, p, 0.0)
-        v_tile = v_ptr + tl.cast(start, tl.int64) * (stride_vn * VEC)
+        v_tile = v_ptr + tl.cast(start, tl.int64) * stride_vn * VEC
         v = load_tile(v_tile + v_offsets, cols, seqlen_k, dims_v, HEADDIM_V, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
         acc = acc * rescale[:, None]
         acc = dot(round_to(p, v.dtype), v, acc)
@@ -88,10 +88,11 @@ def _attend(
 )  # fmt: skip
 def attn_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    stride_lb: tl.int64, stride_lh: tl.int64,
     stride_qb: tl.int64, stride_qm: tl.int32, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int32, stride_kh: tl.int64,
     stride_vb: tl.int64, stride_vn: tl.int32, stride_vh: tl.int64,
-    stride_lb: tl.int64, stride_lh: tl.int64, stride_alibi_batch: tl.int32,
+    stride_alibi_batch: tl.int32,
     batch_heads: tl.int32, nheads: tl.int32, group_size: tl.int32,
     seqlen_q: tl.int32, seqlen_k: tl.int32, num_blocks: tl.int32,
     scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32,

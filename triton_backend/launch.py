@@ -13,11 +13,13 @@ from flash_rocm import runtime
 from flash_rocm.problem import AttentionInputs, AttentionProblem, lse_shape
 
 from .backward_kernels import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel
+from .common import INTERPRET
 from .forward_kernel import attn_fwd_kernel
 from .plan import Plan, plan
 from .probs_kernel import attn_probs_kernel
 
 _KNOWN_MAX = 4096
+_IS_HIP = bool(torch.version.hip)
 _hooks = triton.knobs.runtime
 #: Buffer instructions of AMD chips reach this far; Triton compiles another kernel beyond.
 _BUFFER_BYTES = (1 << 31) - 1
@@ -26,7 +28,7 @@ Strides = tuple[int, int, int]
 
 
 class _Known:
-    """A compiled kernel with everything its launch takes but the pointers."""
+    """A compiled kernel with everything its launch takes but what is new at each call."""
 
     __slots__ = ("compiled", "programs", "run", "function", "metadata", "tail", "stream_of")
 
@@ -35,13 +37,13 @@ class _Known:
         self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
         self.stream_of = triton.runtime.driver.active.get_current_stream
 
-    def launch(self, device_index: int, pointers: tuple[int | None, ...]) -> None:
+    def launch(self, device_index: int, fresh: list[int | None]) -> None:
         if _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls:
             # A profiler wants to see the launch: the way that calls its hooks.
-            self.compiled[(self.programs, 1, 1)](*pointers, *self.tail)
+            self.compiled[(self.programs, 1, 1)](*fresh, *self.tail)
             return
         stream = self.stream_of(device_index)
-        self.run(self.programs, 1, 1, stream, self.function, self.metadata, None, None, None, *pointers, *self.tail)
+        self.run(self.programs, 1, 1, stream, self.function, self.metadata, None, None, None, *fresh, *self.tail)
 
 
 class Launcher:
@@ -58,19 +60,21 @@ class Launcher:
         self.kernel = kernel
         self._known: dict[tuple[Any, ...], _Known] = {}
 
-    def launch_known(self, key: tuple[Any, ...], tensors: tuple[torch.Tensor | None, ...]) -> bool:
-        """Launch what :meth:`launch_new` remembered under ``key``; False if nothing was."""
+    def launch_known(self, key: tuple[Any, ...], index: int, fresh: list[int | None]) -> bool:
+        """Launch on device ``index`` what :meth:`launch_new` remembered under ``key``; False if nothing was.
+
+        Args:
+            fresh: what is no part of the key: pointers, and strides of softmax_lse, which for varlen
+                follow from the total of the lengths.
+        """
         known = self._known.get(key)
         if known is None:
             return False
-        index = tensors[0].get_device()  # type: ignore[union-attr]
-        # As numbers: Triton would ask the driver about each tensor, which the first launch has done.
-        pointers = tuple([None if x is None else x.data_ptr() for x in tensors])
         if index == torch.cuda.current_device():
-            known.launch(index, pointers)
+            known.launch(index, fresh)
         else:
             with torch.cuda.device(index):
-                known.launch(index, pointers)
+                known.launch(index, fresh)
         return True
 
     def launch_new(
@@ -79,22 +83,29 @@ class Launcher:
         current: Plan,
         programs: int,
         tensors: tuple[torch.Tensor | None, ...],
+        lse_strides: tuple[int, int],
         scalars: tuple[int | float, ...],
         layout_constants: dict[str, Any],
     ) -> None:
         """Compile if needed, launch ``programs`` workgroups, remember under ``key``.
 
         Args:
+            scalars: run-time numbers behind the strides of softmax_lse, all of which follow from the key.
             layout_constants: VEC, WIDE and what else does not follow from the problem.
         """
+        if INTERPRET.value != runtime.triton_interpret():
+            raise RuntimeError(
+                "TRITON_INTERPRET: expected the value it had when the kernels were imported, "
+                f"{int(INTERPRET.value)}, got {int(runtime.triton_interpret())}. Hint: set it before Python starts."
+            )
         values = {**current.constants, **layout_constants}
-        names = self.kernel.arg_names[len(tensors) + len(scalars) :]
+        names = self.kernel.arg_names[len(tensors) + len(lse_strides) + len(scalars) :]
         tail = (*scalars, *(values[name] for name in names))
         device = tensors[0].device  # type: ignore[union-attr]
         # Triton launches on the current device, which need not be that of the tensors.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            compiled = self.kernel[(programs,)](*tensors, *tail, **current.options)
-        if not runtime.triton_interpret():
+            compiled = self.kernel[(programs,)](*tensors, *lse_strides, *tail, **current.options)
+        if not INTERPRET.value:
             if len(self._known) >= _KNOWN_MAX:
                 self._known.clear()
             self._known[key] = _Known(compiled, programs, tail)
@@ -109,16 +120,24 @@ KERNELS = {
 }
 
 
-def _pointer_facts(*tensors: torch.Tensor | None) -> Any:
-    """What Triton specialises the caller's pointers on; 0 for the usual case, all 16-byte aligned."""
+def _pointers(tensors: tuple[torch.Tensor | None, ...]) -> tuple[list[int | None], Any]:
+    """Addresses, and what Triton specialises them on; 0 for the usual case, all 16-byte aligned.
+
+    Launches take numbers: about a tensor Triton would ask the driver, which the first launch has done.
+    """
+    pointers: list[int | None] = []
     combined = 0
     for x in tensors:
-        if x is not None:
-            combined |= x.data_ptr()
-    far = bool(torch.version.hip) and any(x is not None and _is_far(x) for x in tensors)
+        if x is None:
+            pointers.append(None)
+        else:
+            pointer = x.data_ptr()
+            combined |= pointer
+            pointers.append(pointer)
+    far = _IS_HIP and any(x is not None and _is_far(x) for x in tensors)
     if combined & 15 == 0 and not far:
-        return 0
-    return tuple(None if x is None else (x.data_ptr() & 15 == 0, far and _is_far(x)) for x in tensors)
+        return pointers, 0
+    return pointers, tuple(None if x is None else (x.data_ptr() & 15 == 0, far and _is_far(x)) for x in tensors)
 
 
 def _is_far(x: torch.Tensor) -> bool:
@@ -202,24 +221,26 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
         out = q.new_empty((problem.batch, problem.seqlen_q, problem.nheads, problem.headdim_v))
         lse = q.new_empty((problem.batch, problem.nheads, problem.seqlen_q), dtype=torch.float32)
     tensors = (q, k, v, out, lse, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
-    facts = _pointer_facts(q, k, v, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
-    key = (problem, q.stride(), k.stride(), v.stride(), slopes is None or slopes.stride(), q.device, facts)
+    pointers, facts = _pointers(tensors)
+    lse_strides = _lse_strides(lse)
+    index = q.get_device()
+    configs = runtime.config_dir()
+    key = (problem, q.stride(), k.stride(), v.stride(), slopes is None or slopes.stride(), index, facts, configs)
     launcher = KERNELS["forward"]
-    if launcher.launch_known(key, tensors):
+    if launcher.launch_known(key, index, [*pointers, *lse_strides]):
         return out, lse
-    current = plan("forward", problem, runtime.arch_of(q.device))
+    current = plan("forward", problem, runtime.arch_of(q.device), configs)
     strides = (_strides(q), _strides(k), _strides(v))
     constants = _layout_constants(current, q.element_size(), strides, problem.nheads * problem.headdim_v)
     scalars = (
         *_divided(strides, constants["VEC"]),
-        *_lse_strides(lse),
         _slopes_stride(slopes),
         *_counts(problem, current, problem.nheads),
         *_modifiers(current),
         current.dropout_rescale,
     )
     programs = current.blocks * problem.batch * problem.nheads
-    launcher.launch_new(key, current, programs, tensors, scalars, constants)
+    launcher.launch_new(key, current, programs, tensors, lse_strides, scalars, constants)
     return out, lse
 
 
@@ -246,7 +267,11 @@ def backward(
     optional = (slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
     dq_tensors = (q, k, v, out, dout, softmax_lse, dlse, delta, dq, *optional)
     dkdv_tensors = (q, k, v, dout, softmax_lse, delta, dk, dv, *optional)
-    facts = _pointer_facts(q, k, v, out, dout, softmax_lse, dlse, *optional)
+    index = q.get_device()
+    configs = runtime.config_dir()
+    lse_strides = _lse_strides(softmax_lse)
+    dq_pointers, dq_facts = _pointers(dq_tensors)
+    dkdv_pointers, dkdv_facts = _pointers(dkdv_tensors)
     key = (
         problem,
         q.stride(),
@@ -255,12 +280,13 @@ def backward(
         dout.stride(),
         slopes is None or slopes.stride(),
         dlse is None,
-        q.device,
-        facts,
+        index,
+        dq_facts,
+        dkdv_facts,
+        configs,
     )
-    if KERNELS["backward_dq"].launch_known(key, dq_tensors) and KERNELS["backward_dkdv"].launch_known(
-        key, dkdv_tensors
-    ):
+    dq_done = KERNELS["backward_dq"].launch_known(key, index, [*dq_pointers, *lse_strides])
+    if dq_done and KERNELS["backward_dkdv"].launch_known(key, index, [*dkdv_pointers, *lse_strides]):
         return dq, dk, dv
 
     strides = (_strides(q), _strides(k), _strides(v), _strides(dout))
@@ -269,19 +295,19 @@ def backward(
         ("backward_dq", dq_tensors, problem.nheads),
         ("backward_dkdv", dkdv_tensors, problem.nheads_k),
     ):
-        current = plan(kernel, problem, runtime.arch_of(q.device))
+        current = plan(kernel, problem, runtime.arch_of(q.device), configs)
         constants = _layout_constants(current, q.element_size(), strides, longest_row)
         constants["HAS_DLSE"] = dlse is not None
         scalars = (
             *_divided(strides, constants["VEC"]),
-            *_lse_strides(softmax_lse),
             _slopes_stride(slopes),
             *_counts(problem, current, heads),
             problem.softmax_scale,
             *_modifiers(current),
             current.dropout_rescale,
         )
-        KERNELS[kernel].launch_new(key, current, current.blocks * problem.batch * heads, tensors, scalars, constants)
+        programs = current.blocks * problem.batch * heads
+        KERNELS[kernel].launch_new(key, current, programs, tensors, lse_strides, scalars, constants)
     return dq, dk, dv
 
 
@@ -289,20 +315,23 @@ def probs(problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch
     """S_dmask (batch, nheads, seqlen_q, seqlen_k); see :class:`flash_rocm.backends.Backend`."""
     q, k, _, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, _ = inputs
     softmax_lse = softmax_lse.contiguous()
-    current = plan("probs", problem, runtime.arch_of(q.device))
+    configs = runtime.config_dir()
+    current = plan("probs", problem, runtime.arch_of(q.device), configs)
     result = q.new_zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
     strides = (_strides(q), _strides(k))
     constants = _layout_constants(current, q.element_size(), strides, 0)
     tensors = (q, k, softmax_lse, result, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
     scalars = (
         *_divided(strides, constants["VEC"]),
-        *_lse_strides(softmax_lse),
         _slopes_stride(slopes),
         *_counts(problem, current, problem.nheads),
         *_modifiers(current),
     )
-    key = (problem, q.stride(), k.stride(), slopes is None or slopes.stride(), q.device, _pointer_facts(*tensors))
-    if not KERNELS["probs"].launch_known(key, tensors):
+    pointers, facts = _pointers(tensors)
+    index = q.get_device()
+    lse_strides = _lse_strides(softmax_lse)
+    key = (problem, q.stride(), k.stride(), slopes is None or slopes.stride(), index, facts, configs)
+    if not KERNELS["probs"].launch_known(key, index, [*pointers, *lse_strides]):
         programs = current.blocks * problem.batch * problem.nheads
-        KERNELS["probs"].launch_new(key, current, programs, tensors, scalars, constants)
+        KERNELS["probs"].launch_new(key, current, programs, tensors, lse_strides, scalars, constants)
     return result

@@ -7,7 +7,7 @@ import functools
 import math
 from typing import Any
 
-from flash_rocm import config
+from flash_rocm import config, runtime
 from flash_rocm.config import KernelConfig
 from flash_rocm.problem import AttentionProblem, dropout_threshold
 from flash_rocm.runtime import Arch
@@ -27,7 +27,7 @@ def is_masked(problem: AttentionProblem) -> bool:
     return problem.window_left >= 0 or problem.window_right >= 0
 
 
-def kernel_config(kernel: str, problem: AttentionProblem, arch: Arch) -> KernelConfig:
+def kernel_config(kernel: str, problem: AttentionProblem, arch: Arch, config_dir: str | None = None) -> KernelConfig:
     """The config entry one kernel of this problem takes on this arch."""
     return config.lookup(
         arch.name,
@@ -35,6 +35,7 @@ def kernel_config(kernel: str, problem: AttentionProblem, arch: Arch) -> KernelC
         dtype=str(problem.dtype).removeprefix("torch."),
         headdim=max(block_d(problem.headdim), block_d(problem.headdim_v)),
         masked=is_masked(problem),
+        config_dir=config_dir,
     )
 
 
@@ -45,7 +46,8 @@ def kernels_of(problem: AttentionProblem) -> tuple[str, ...]:
 
 def describe_configs(problem: AttentionProblem, arch: Arch) -> list[str]:
     """One line per kernel for ``explain``."""
-    found = ((kernel, kernel_config(kernel, problem, arch)) for kernel in kernels_of(problem))
+    folder = runtime.config_dir()
+    found = ((kernel, kernel_config(kernel, problem, arch, folder)) for kernel in kernels_of(problem))
     return [f"{kernel}: {entry.describe()}" for kernel, entry in found]
 
 
@@ -70,9 +72,13 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(kernel: str, problem: AttentionProblem, arch: Arch) -> Plan:
-    """Constants, options and run-time scalars of one kernel for one problem."""
-    entry = kernel_config(kernel, problem, arch)
+def plan(kernel: str, problem: AttentionProblem, arch: Arch, config_dir: str | None = None) -> Plan:
+    """Constants, options and run-time scalars of one kernel for one problem.
+
+    Args:
+        config_dir: :func:`flash_rocm.runtime.config_dir`, the user's folder of configs.
+    """
+    entry = kernel_config(kernel, problem, arch, config_dir)
     softcap, scale = problem.softcap, problem.softmax_scale
     constants: dict[str, Any] = {
         "HEADDIM": problem.headdim,

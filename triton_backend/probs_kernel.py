@@ -27,9 +27,10 @@ from .common import (
 )  # fmt: skip
 def attn_probs_kernel(
     q_ptr, k_ptr, lse_ptr, probs_ptr, alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    stride_lb: tl.int64, stride_lh: tl.int64,
     stride_qb: tl.int64, stride_qm: tl.int32, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int32, stride_kh: tl.int64,
-    stride_lb: tl.int64, stride_lh: tl.int64, stride_alibi_batch: tl.int32,
+    stride_alibi_batch: tl.int32,
     batch_heads: tl.int32, nheads: tl.int32, group_size: tl.int32,
     seqlen_q: tl.int32, seqlen_k: tl.int32, num_blocks: tl.int32,
     scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32,
@@ -70,7 +71,7 @@ def attn_probs_kernel(
     k_offsets = tile_offsets(cols_in_tile, stride_kn, dims, VEC, WIDE)
     for start in tl.range(0, cols_total, BLOCK_N):
         cols = start + cols_in_tile
-        k_tile = k_ptr + tl.cast(start, tl.int64) * (stride_kn * VEC)
+        k_tile = k_ptr + tl.cast(start, tl.int64) * stride_kn * VEC
         k = load_tile(k_tile + k_offsets, cols, cols_total, dims, HEADDIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
         qk = dot(q, tl.trans(k), None)  # [BLOCK_M, BLOCK_N]
         seen = visible(
@@ -83,5 +84,6 @@ def attn_probs_kernel(
         if DROPOUT:
             keep = dropout_keep(rng_ptr, rows[:, None], cols[None, :], batch_head, dropout_threshold)
             p = tl.where(keep, p, -p)
-        inside = (rows[:, None] < rows_total) & (cols[None, :] < cols_total)
+        # The buffer is as large as the caller's max_seqlens, which the lengths might pass.
+        inside = (rows[:, None] < tl.minimum(rows_total, seqlen_q)) & (cols[None, :] < tl.minimum(cols_total, seqlen_k))
         tl.store(probs_rows + cols[None, :], round_to(p, probs_ptr.dtype.element_ty), mask=inside)

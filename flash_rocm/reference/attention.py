@@ -18,7 +18,9 @@ that does see a NaN is NaN.  A row whose visible scores are all -inf counts as o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,6 +36,7 @@ from flash_rocm.reference.philox import keep_mask
 from flash_rocm.reference.tiles import Tile, TileSize, default_tile, key_tiles, product, visible_in
 
 _INF = float("inf")
+_Result = TypeVar("_Result")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -208,7 +211,18 @@ def _probabilities(part: _Part, scores: torch.Tensor, lse: torch.Tensor, visible
     return p if visible is None else p.masked_fill_(~visible, 0.0)
 
 
-@torch.no_grad()
+def _outside_autograd_and_autocast(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """The caller's modes are not for the arithmetic in here; autocast would run it in half precision."""
+
+    @functools.wraps(function)
+    def run(problem: AttentionProblem, *args: Any, **kwargs: Any) -> _Result:
+        with torch.no_grad(), torch.autocast(problem.device_type, enabled=False):
+            return function(problem, *args, **kwargs)
+
+    return run
+
+
+@_outside_autograd_and_autocast
 def forward(
     problem: AttentionProblem, inputs: AttentionInputs, *, tile: TileSize | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -261,7 +275,7 @@ def _forward_rows(part: _Part, row: int, row_end: int) -> tuple[torch.Tensor, to
     return acc.masked_fill_(dead, 0.0), lse.masked_fill_(dead.squeeze(-1), -_INF)
 
 
-@torch.no_grad()
+@_outside_autograd_and_autocast
 def backward(
     problem: AttentionProblem,
     inputs: AttentionInputs,
@@ -343,7 +357,7 @@ def _backward_rows(
     return dq.unflatten(2, (problem.group_size, rows.stop - rows.start))
 
 
-@torch.no_grad()
+@_outside_autograd_and_autocast
 def probs(
     problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch.Tensor, *, tile: TileSize | None = None
 ) -> torch.Tensor:

@@ -1,0 +1,136 @@
+"""The host side of the Triton back end: what a launch is remembered by, and what follows from a layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matrix
+import pytest
+import torch
+
+from flash_rocm import backends, ops, runtime
+from flash_rocm.problem import AttentionProblem
+from flash_rocm.testing import Case, assert_attention_close, make_inputs, make_problem
+
+pytest.importorskip("triton", reason="the launcher imports Triton")
+
+from flash_rocm._triton import launch  # noqa: E402
+from flash_rocm._triton.plan import plan  # noqa: E402
+
+VARLEN = dict(varlen=True, batch=3, seqlen_q=40, seqlen_k=50, nheads=4, nheads_k=2, headdim=32)
+LENGTHS = (([40, 3, 9], [50, 8, 20]), ([40, 40, 40], [50, 50, 50]), ([1, 40, 2], [3, 50, 1]))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """(kernel, key, everything else the launch would take) of each call; nothing is launched."""
+    recorded: list[tuple[Any, ...]] = []
+
+    def record(
+        self: Any, key: Any, current: Any, programs: int, tensors: Any, lse: Any, scalars: Any, const: Any
+    ) -> None:
+        recorded.append((id(self), key, (programs, scalars, current.constants | const, current.options)))
+
+    monkeypatch.setattr(launch.Launcher, "launch_new", record)
+    return recorded
+
+
+def _all_kernels(problem: AttentionProblem, case: Case) -> None:
+    out, lse = launch.forward(problem, case.inputs)
+    launch.backward(problem, case.inputs, out, lse, case.dout, None)
+    launch.probs(problem, case.inputs, lse)
+
+
+def test_calls_of_one_key_launch_alike(launches: list[tuple[Any, ...]]) -> None:
+    """Whatever a key does not hold may not change the launch: totals of varlen calls above all."""
+    problem = make_problem(**VARLEN, dropout_p=0.1, alibi=True)
+    for seed, (seqlens_q, seqlens_k) in enumerate(LENGTHS):
+        _all_kernels(problem, make_inputs(problem, seed, seqlens_q=seqlens_q, seqlens_k=seqlens_k))
+    assert len(launches) == 4 * len(LENGTHS)
+    seen: dict[Any, Any] = {}
+    for kernel, key, call in launches:
+        assert seen.setdefault((kernel, key), call) == call
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("change", ["layout", "alignment", "problem", "slopes", "configs"])
+def test_what_changes_a_launch_changes_the_key(
+    change: str, launches: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = dict(batch=2, seqlen_q=40, seqlen_k=50, nheads=4, headdim=32, alibi=True)
+    problem = make_problem(**fields)
+    case = make_inputs(problem)
+    _all_kernels(problem, case)
+    if change == "layout":
+        case = make_inputs(problem, layout="bhsd")
+    elif change == "alignment":
+        shifted = torch.zeros(case.inputs.q.numel() + 1)[1:].view_as(case.inputs.q).copy_(case.inputs.q)
+        case = case._replace(inputs=case.inputs._replace(q=shifted))
+    elif change == "problem":
+        problem = make_problem(**fields, window_right=0)
+    elif change == "slopes":
+        case = make_inputs(problem, alibi_per_batch=True)
+    else:
+        entry = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+        entries = [
+            {"kernel": kernel, "options": entry} for kernel in ("forward", "backward_dq", "backward_dkdv", "probs")
+        ]
+        (tmp_path / "cpu.json").write_text(json.dumps({"triton": entries}))
+        monkeypatch.setenv("FLASH_ROCM_CONFIG_DIR", str(tmp_path))
+    _all_kernels(problem, case)
+    first, second = launches[:4], launches[4:]
+    assert all(a[1] != b[1] for a, b in zip(first, second, strict=True))
+    if change == "configs":
+        assert [call[2][2]["BLOCK_M"] for call in second] == [16] * 4
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "strides", "vec"),
+    [
+        (2, (64, 128), 8),
+        (4, (64, 128), 4),
+        (2, (0, 64), 8),
+        (2, (59, 118), 1),
+        (2, (100, 20), 4),
+        (2, (1 << 40, 48), 8),
+    ],
+)
+def test_vec_divides_every_stride(itemsize: int, strides: tuple[int, int], vec: int) -> None:
+    current = plan("forward", make_problem(headdim=64), runtime.CPU)
+    layout = ((strides[0] * 4, strides[1], strides[0]),)
+    assert launch._layout_constants(current, itemsize, layout, 64)["VEC"] == vec
+
+
+def test_long_rows_take_64_bit_offsets() -> None:
+    current = plan("forward", make_problem(headdim=64), runtime.CPU)
+    rows = max(current.config.BLOCK_M, current.config.BLOCK_N)
+    wide = [
+        launch._layout_constants(current, 2, ((0, row, 64),), 64)["WIDE"]
+        for row in ((1 << 31) // rows - 8, (1 << 31) // rows)
+    ]
+    assert wide == [False, True]
+
+
+def test_interpreter_cannot_be_switched_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(headdim=16)
+    other = not launch.INTERPRET.value
+    monkeypatch.setattr(runtime, "triton_interpret", lambda: other)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        launch.forward(problem, make_inputs(problem).inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", [(0, 1, 2, 0), (2, 1, 0, 2)])
+def test_warm_launches_of_other_totals(order: tuple[int, ...]) -> None:
+    """The second and later calls of one key, with other lengths each, against the oracle."""
+    problem = make_problem(**VARLEN, device_type="cuda", dtype=torch.float16, needs_grad=True, window_right=0)
+    for which in order:
+        data = make_inputs(problem, which, seqlens_q=LENGTHS[which][0], seqlens_k=LENGTHS[which][1], poison=True)
+        leaves = [x.detach().requires_grad_() for x in data.inputs[:3]]
+        args = (*leaves, *data.inputs[3:], *matrix.scalars_of(problem, "triton"))
+        out, lse = ops.attention_forward(False, args)
+        grads = torch.autograd.grad([out], leaves, [data.dout])
+        assert_attention_close(problem, data, out, lse, grads)
+    assert backends.load("triton") is launch
