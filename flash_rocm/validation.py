@@ -111,7 +111,7 @@ def check_scalars(
     """Ranges of the scalar arguments; returns the window as two ints below MAX_SEQLEN."""
     if not 0.0 <= dropout_p < 1.0:
         raise invalid("dropout_p", "a probability in [0, 1)", dropout_p, "0.0 turns dropout off.")
-    if not math.isfinite(softmax_scale):
+    if not -math.inf < softmax_scale < math.inf:  # not isfinite, which torch.compile cannot trace
         raise invalid("softmax_scale", "a finite number", softmax_scale)
     if not 0.0 <= softcap < math.inf:
         raise invalid("softcap", "a finite number >= 0", softcap, "0.0 turns softcap off.")

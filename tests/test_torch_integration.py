@@ -182,8 +182,8 @@ OPCHECK_PROBLEMS: dict[str, dict[str, Any]] = {
 
 
 def operator_arguments(name: str, device: str, requires_grad: bool) -> tuple[Any, ...]:
-    fields = dict(dtype=dtype_on(device), device_type=device, seqlen_q=17, seqlen_k=23, **OPCHECK_PROBLEMS[name])
-    problem = make_problem(**{**fields, **OPCHECK_PROBLEMS[name]}, needs_grad=True)
+    fields = dict(dtype=dtype_on(device), device_type=device, seqlen_q=17, seqlen_k=23, needs_grad=True)
+    problem = make_problem(**{**fields, **OPCHECK_PROBLEMS[name]})
     inputs = make_inputs(problem).inputs
     leaves = [x.detach().requires_grad_(requires_grad) for x in inputs[:3]]
     return (*leaves, *inputs[3:], *scalars_of(problem, ""))
@@ -315,15 +315,16 @@ class TestCompile:
             return flash_rocm.flash_attn_varlen_func(q, k, v, *rest, causal=True)
 
         counts = []
-        for batch, length_q, length_k in ((2, 17, 33), (3, 40, 53), (4, 64, 64), (2, 50, 9), (5, 7, 120), (6, 121, 8)):
+        # Sizes that are equal in the first call would be taken for one, so no count of heads is a batch.
+        for batch, length_q, length_k in ((2, 17, 33), (4, 40, 53), (5, 64, 64), (2, 50, 9), (6, 7, 120), (7, 121, 8)):
             if kind == "dense":
-                q, k = (torch.randn(batch, n, 2, 16, device=device) for n in (length_q, length_k))
-                arguments: tuple[Any, ...] = (q.requires_grad_(), k.requires_grad_(), k)
+                q, k, v = (torch.randn(batch, n, 11, 16, device=device) for n in (length_q, length_k, length_k))
+                arguments: tuple[Any, ...] = (q.requires_grad_(), k.requires_grad_(), v)
                 function, plain = dense, flash_rocm.flash_attn_func
             else:
-                q, k = (torch.randn(batch * n, 2, 16, device=device) for n in (length_q, length_k))
+                q, k, v = (torch.randn(batch * n, 11, 16, device=device) for n in (length_q, length_k, length_k))
                 lengths = (starts(device, *([length_q] * batch)), starts(device, *([length_k] * batch)))
-                arguments = (q.requires_grad_(), k.requires_grad_(), k, *lengths, length_q, length_k)
+                arguments = (q.requires_grad_(), k.requires_grad_(), v, *lengths, length_q, length_k)
                 function, plain = varlen, flash_rocm.flash_attn_varlen_func
             expected, actual = plain(*arguments, causal=True), function(*arguments)
             assert_equal(actual, expected)
@@ -387,21 +388,27 @@ class TestCompile:
         assert_equal(send_back(actual, call.leaves), send_back(expected, call.leaves))
 
     def test_module_with_surroundings(self, device: str) -> None:
-        """Inductor code around the operator: projections, reshapes, a residual."""
+        """Inductor code around the operator (projection, reshapes, residual): twice the error of eager at most."""
         call = make_call("qkvpacked", device, torch.float32, causal=True)
         torch.manual_seed(0)
         project = torch.nn.Linear(DIM, DIM, device=device)
 
-        def block(qkv: torch.Tensor) -> torch.Tensor:
-            out = call.run(project(qkv).tanh())
+        def block(qkv: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            out = call.run(torch.nn.functional.linear(qkv, weight, bias).tanh())
             return (out * 2.0 + qkv[:, :, 0]).flatten(2)
 
-        compiled = torch.compile(block, fullgraph=True, backend=best_compiler())
         leaves = (*call.leaves, *project.parameters())
-        expected, actual = block(*call.leaves), compiled(*call.leaves)
-        torch.testing.assert_close(actual, expected)
-        for x, y in zip(send_back(actual, leaves), send_back(expected, leaves), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+        doubles = tuple(x.detach().double().requires_grad_() for x in leaves)
+        with flash_rocm.use_backend("reference"):
+            exact = block(*doubles)
+        exact_all = (exact, *send_back(exact, doubles))
+        plain = block(*leaves)
+        plain_all = (plain, *send_back(plain, leaves))
+        actual = torch.compile(block, fullgraph=True, backend=best_compiler())(*leaves)
+        actual_all = (actual, *send_back(actual, leaves))
+        for x, y, z in zip(actual_all, plain_all, exact_all, strict=True):
+            one_rounding = torch.finfo(torch.float32).eps / 2 * z.abs().max()
+            assert (x - z).abs().max() <= 2.0 * (y - z).abs().max() + one_rounding
 
     def test_export(self, device: str) -> None:
         call = make_call("varlen", device, causal=True)
