@@ -387,7 +387,7 @@ class TestCompile:
         assert_equal(actual, expected)
         assert_equal(send_back(actual, call.leaves), send_back(expected, call.leaves))
 
-    def test_module_with_surroundings(self, device: str) -> None:
+    def test_surroundings(self, device: str) -> None:
         """Inductor code around the operator (projection, reshapes, residual): twice the error of eager at most."""
         call = make_call("qkvpacked", device, torch.float32, causal=True)
         torch.manual_seed(0)
@@ -397,16 +397,16 @@ class TestCompile:
             out = call.run(torch.nn.functional.linear(qkv, weight, bias).tanh())
             return (out * 2.0 + qkv[:, :, 0]).flatten(2)
 
+        def results(function: Callable[..., torch.Tensor], *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            out = function(*leaves)
+            return (out, *send_back(out, leaves[:1]))
+
         leaves = (*call.leaves, *project.parameters())
-        doubles = tuple(x.detach().double().requires_grad_() for x in leaves)
         with flash_rocm.use_backend("reference"):
-            exact = block(*doubles)
-        exact_all = (exact, *send_back(exact, doubles))
-        plain = block(*leaves)
-        plain_all = (plain, *send_back(plain, leaves))
-        actual = torch.compile(block, fullgraph=True, backend=best_compiler())(*leaves)
-        actual_all = (actual, *send_back(actual, leaves))
-        for x, y, z in zip(actual_all, plain_all, exact_all, strict=True):
+            exact = results(block, *(x.detach().double().requires_grad_() for x in leaves))
+        plain = results(block, *leaves)
+        actual = results(torch.compile(block, fullgraph=True, backend=best_compiler()), *leaves)
+        for x, y, z in zip(actual, plain, exact, strict=True):
             one_rounding = torch.finfo(torch.float32).eps / 2 * z.abs().max()
             assert (x - z).abs().max() <= 2.0 * (y - z).abs().max() + one_rounding
 
