@@ -25,22 +25,23 @@ def invalid(argument: str, expected: str, got: object, hint: str = "") -> ValueE
 def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int, kv_dims: int) -> None:
     """Ranks, dtypes, devices, heads, head dims, contiguity of the last dim; of dense calls batch and lengths."""
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    dtype = q.dtype
     # One expression for the calls that are right, which is nearly all; the reason is found after.
     if (
         len(q_shape) == dims
         and len(k_shape) == kv_dims
-        and len(v_shape) == kv_dims
-        and q.dtype == k.dtype == v.dtype
-        and q.dtype in FLOAT_DTYPES
-        and q.device == k.device == v.device
         and (k_shape == v_shape or k_shape[:-1] == v_shape[:-1])
+        and dtype is k.dtype
+        and dtype is v.dtype
+        and dtype in FLOAT_DTYPES
+        and q.device == k.device == v.device
         and q_shape[-1] == k_shape[-1] > 0
         and v_shape[-1] > 0
         and k_shape[-2] > 0
         and q_shape[-2] % k_shape[-2] == 0
-        and q.stride(-1) == 1
-        and k.stride(-1) == 1
-        and v.stride(-1) == 1
+        and (q.is_contiguous() or q.stride(-1) == 1)
+        and (k.is_contiguous() or k.stride(-1) == 1)
+        and (v.is_contiguous() or v.stride(-1) == 1)
         and (dims == 3 or (q_shape[0] == k_shape[0] and q_shape[1] <= MAX_SEQLEN and k_shape[1] <= MAX_SEQLEN))
     ):
         return

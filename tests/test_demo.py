@@ -172,7 +172,7 @@ def test_grouped_queries() -> None:
 def test_what_is_not_implemented_is_refused() -> None:
     module, x = torch.nn.Module(), torch.randn(1, 2, 4, 8)
     for name, value in (("sliding_window", 2), ("s_aux", x), ("position_bias", x), ("output_attentions", True)):
-        with pytest.raises(NotImplementedError, match=f"{name}: not implemented"):
+        with pytest.raises(NotImplementedError, match=f"{name}: not supported"):
             integration.attention(module, x, x, x, None, **{name: value})
     with pytest.raises(NotImplementedError, match="attention_mask: expected"):
         integration.attention(module, x, x, x, torch.ones(1, 1, 4, 4, dtype=torch.bool))  # type: ignore[arg-type]

@@ -130,7 +130,9 @@ def attention(
     """
     for name in ("sliding_window", "s_aux", "position_bias", "cache", "output_attentions"):
         if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise NotImplementedError(f"{name}: not implemented by flash_rocm. Hint: use attn_implementation='sdpa'.")
+            raise NotImplementedError(
+                f"{name}: not supported by this integration yet. Hint: use attn_implementation='sdpa'."
+            )
     if not (attention_mask is None or isinstance(attention_mask, Packing)):
         raise NotImplementedError(
             f"attention_mask: expected (batch, seqlen) padding, got {tuple(attention_mask.shape)}. "
