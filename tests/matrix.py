@@ -24,7 +24,9 @@ from flash_rocm.testing import assert_attention_close, make_inputs, make_problem
 #: Features that the matrix combines.  Dense/varlen and forward/backward are dimensions of their own;
 #: paged K/V is tested with the KV cache; dlse is a gradient through softmax_lse.
 COMBINED = (*sorted(FEATURES - {"varlen", "backward", "paged"}), "dlse")
-HEADDIMS = (32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256, 512, 1, 8, 100)
+#: Head dim 1 is in test_adversarial.py: with a handful of elements, the largest error of the plain
+#: computation is a matter of luck, and no yardstick.
+HEADDIMS = (32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256, 512, 16, 8, 100)
 #: (head dim of q and k, of v)
 HEADDIM_PAIRS = ((192, 128), (128, 64), (40, 72), (64, 96), (59, 17), (256, 32))
 LENGTHS = (
@@ -84,7 +86,7 @@ class Scope:
     max_nheads_k: int
 
 
-_SMALL = (SMALL_LENGTHS, (16, 40, 59, 64, 1, 100), ((24, 40), (64, 17)))
+_SMALL = (SMALL_LENGTHS, (16, 40, 59, 64, 8, 100), ((24, 40), (64, 17)))
 SCOPES = (
     Scope("cpu", "reference", *_SMALL, combinations=10, members=2, max_nheads_k=2),
     Scope("interpret", "triton", *_SMALL, combinations=6, members=2, max_nheads_k=2),

@@ -160,8 +160,9 @@ def attn_fwd_kernel(
         True, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT,
     )  # fmt: skip
 
-    # A row without any visible key: its accumulator may hold 0 * NaN of keys that other rows see.
-    dead = row_max == float("-inf")
+    # A row without any visible key: its accumulator may hold 0 * NaN of keys that other rows see.  A row
+    # that sees only NaN has no maximum either, but its sum is NaN.
+    dead = (row_max == float("-inf")) & (row_sum == 0.0)
     out = acc * (dropout_rescale / tl.where(dead, 1.0, row_sum))[:, None]
     out = tl.where(dead[:, None], 0.0, out)
     lse = tl.where(dead, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
