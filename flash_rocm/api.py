@@ -63,7 +63,8 @@ def flash_attn_func(
     The other arguments, the result and the errors are described in the module docstring.  Strides
     are arbitrary but for a contiguous last dim.
     """
-    q, k, v = _autocast(q, k, v)
+    if not q.is_cuda or torch.is_autocast_enabled("cuda"):
+        q, k, v = _autocast(q, k, v)
     validation.check_qkv(q, k, v, 4, 4)
     validation.check_alibi(alibi_slopes, q, q.shape[0])
     inputs = (q, k, v, None, None, alibi_slopes)

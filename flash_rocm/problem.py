@@ -8,7 +8,6 @@ carries the tensors beside it.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import torch
@@ -130,7 +129,7 @@ def dropout_threshold(dropout_p: float) -> int:
 
 def default_softmax_scale(headdim: int) -> float:
     """1 / sqrt(headdim), the default of every function."""
-    return 1.0 / math.sqrt(headdim)
+    return headdim**-0.5
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -172,7 +172,8 @@ def test_generous_max_seqlen(device: str) -> None:
 @pytest.mark.parametrize("headdim", (1, 3, 17))
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 40), (40, 1), (2, 33)], ids=str)
 def test_smallest(lengths: tuple[int, int], headdim: int, device: str) -> None:
-    q, k, v = three(device, (1, lengths[0], 2, headdim), (1, lengths[1], 1, headdim))
+    # With a handful of elements the error of the plain computation may be next to nothing, and no yardstick.
+    q, k, v = three(device, (1, lengths[0], 6, headdim), (1, lengths[1], 3, headdim))
     check(q, k, v)
     check(q, k, v, causal=True)
 
@@ -378,11 +379,16 @@ def test_softcap(softcap: float, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 1e4}, {"softmax_scale": -1.0}], ids=str)
 def test_large_logits(options: dict[str, Any], dtype: torch.dtype, device: str) -> None:
-    """Scores of about 1e4, between rows that are nearly one-hot."""
+    """Scores of about 1e4, between rows that are nearly one-hot.
+
+    Of about 1e3 in fp16: kernels know the largest probability, which is 1, to |score| * eps(fp32), and
+    the plain computation, which knows it exactly, is no yardstick once that shows in 11 bits.
+    """
+    factor, least = (8.0, 4e2) if dtype == torch.float16 else (25.0, 4e3)
     q, k, v = three(device, (1, 40, 2, 16), (1, 35, 2, 16), dtype)
-    result = check(q * 25.0, k * 25.0, v, **{"softmax_scale": 1.0, **options})
+    result = check(q * factor, k * factor, v, **{"softmax_scale": 1.0, **options})
     largest = float(result.lse[result.lse.isfinite()].abs().max())
-    assert 4e3 < largest < 3e4
+    assert least < largest < 3e4
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -98,6 +98,15 @@ def test_compiles_for_nvidia(arch: Arch, name: str) -> None:
             assert ("wgmma.mma_async" if arch.name == "sm90" else "mma.sync") in ptx, kernel
 
 
+@pytest.mark.parametrize("arch", [AMD[1], NVIDIA[1]], ids=lambda arch: arch.name)
+def test_compiles_with_64_bit_offsets_and_dlse(arch: Arch) -> None:
+    from flash_rocm._triton.offline import compile_kernel
+
+    for kernel in KERNELS:
+        compiled = compile_kernel(kernel, _problem("bf16-d64-causal"), arch, wide=True, has_dlse=True)
+        assert compiled.metadata.shared > 0, kernel
+
+
 def test_block_order_follows_the_dies() -> None:
     """XCD-aware order comes from the arch description: the remainder by 8 dies is in gfx942's code only."""
     from flash_rocm._triton.plan import plan

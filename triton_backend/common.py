@@ -70,8 +70,10 @@ def sequence_bounds(cu_seqlens_ptr, batch, seqlen, VARLEN: tl.constexpr):
 def tile_offsets(rows, stride, dims, VEC: tl.constexpr, WIDE: tl.constexpr):
     """Element offsets [len(rows), len(dims)] of a tile from its first row."""
     if WIDE:
-        return rows.to(tl.int64)[:, None] * stride * VEC + dims[None, :]
-    return rows[:, None] * (stride * VEC) + dims[None, :]
+        offsets = rows.to(tl.int64)[:, None] * stride * VEC
+    else:
+        offsets = rows[:, None] * (stride * VEC)
+    return offsets + dims[None, :]
 
 
 @triton.jit

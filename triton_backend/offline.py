@@ -44,11 +44,15 @@ def target_of(arch: Arch) -> GPUTarget:
     return GPUTarget("cuda", int(arch.name.removeprefix("sm")), 32)
 
 
-def compile_kernel(kernel: str, problem: AttentionProblem, arch: Arch, *, has_dlse: bool = False) -> Any:
-    """Compile one kernel of a problem as a launch with 16-byte aligned tensors would.
+def compile_kernel(
+    kernel: str, problem: AttentionProblem, arch: Arch, *, has_dlse: bool = False, wide: bool = False
+) -> Any:
+    """Compile one kernel of a problem as a launch would whose addresses and strides divide by 16 bytes.
 
     Args:
         kernel: a key of :data:`flash_rocm._triton.launch.KERNELS`.
+        has_dlse: with a gradient through softmax_lse.
+        wide: with 64-bit offsets inside a tile.
 
     Returns:
         Triton's compiled kernel: ``asm`` ("amdgcn", "hsaco", "ptx", ...) and ``metadata``.
@@ -56,7 +60,7 @@ def compile_kernel(kernel: str, problem: AttentionProblem, arch: Arch, *, has_dl
     function = KERNELS[kernel].kernel
     current = plan(kernel, problem, arch)
     vec = 16 // problem.dtype.itemsize
-    constants = {**current.constants, "VEC": vec, "WIDE": False, "HAS_DLSE": has_dlse}
+    constants = {**current.constants, "VEC": vec, "WIDE": wide, "HAS_DLSE": has_dlse}
     signature: dict[str, str] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
