@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import device, fresh_dynamo, received  # noqa: F401, fixtures of several files
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _CASE = "attention_case"

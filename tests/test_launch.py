@@ -134,3 +134,18 @@ def test_warm_launches_of_other_totals(order: tuple[int, ...]) -> None:
         grads = torch.autograd.grad([out], leaves, [data.dout])
         assert_attention_close(problem, data, out, lse, grads)
     assert backends.load("triton") is launch
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+def test_64_bit_offsets_compute_the_same(varlen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rows too far apart for 32 bits would take, on rows that are not."""
+    narrow = launch._layout_constants
+    monkeypatch.setattr(launch, "_layout_constants", lambda *args: narrow(*args) | {"WIDE": True})
+    problem = make_problem(headdim=40, varlen=varlen, window_right=0, nheads=4, nheads_k=2, needs_grad=True)
+    data = make_inputs(problem, layout="padded", poison=True)
+    leaves = [x.detach().requires_grad_() for x in data.inputs[:3]]
+    args = (*leaves, *data.inputs[3:], *matrix.scalars_of(problem, "triton"))
+    out, lse = ops.attention_forward(False, args)
+    grads = torch.autograd.grad([out], leaves, [data.dout])
+    assert_attention_close(problem, data, out, lse, grads, probs=ops.attention_probs(lse, *args))
