@@ -63,6 +63,7 @@ def flash_attn_func(
     The other arguments, the result and the errors are described in the module docstring.  Strides
     are arbitrary but for a contiguous last dim.
     """
+    # Asked here already, because this is the call whose host time small inputs feel.
     if not q.is_cuda or torch.is_autocast_enabled("cuda"):
         q, k, v = _autocast(q, k, v)
     validation.check_qkv(q, k, v, 4, 4)

@@ -169,10 +169,11 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
         return (None, None, None, *unused)
     if dout is None:
         dout = torch.zeros_like(out)
+    backward: Any = torch.ops.flash_rocm.attention_backward.default
     if torch.is_grad_enabled():  # a graph of the backward is wanted (create_graph, torch.func)
-        backward: Any = _DifferentiatedBackward.apply
-    else:
-        backward = _backward if _is_plain(dout, out, softmax_lse) else torch.ops.flash_rocm.attention_backward.default
+        backward = _DifferentiatedBackward.apply
+    elif not torch.compiler.is_compiling() and _is_plain(dout, out, softmax_lse):
+        backward = _backward
     return (*backward(dout, dlse, out, softmax_lse, *tensors, *ctx.scalars), *unused)
 
 

@@ -291,3 +291,23 @@ class TestCompile:
             assert_equal(actual.clone(), expected)
             grads = tuple(x.clone() for x in send_back(actual, call.leaves))
             assert_equal(grads, send_back(expected, call.leaves, retain_graph=True))
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_autograd_sees_the_operator(device: str) -> None:
+    """A backward that is traced while it runs stays one graph with one operator in it."""
+    call = make_call("dense", device, causal=True)
+    out = call.run(*call.leaves)
+    expected = torch.autograd.grad(out.sum(), call.leaves, retain_graph=True)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend=record)):
+        out.sum().backward()
+    assert len(graphs) == 1
+    assert [n.target for n in graphs[0].graph.nodes].count(OPERATORS.attention_backward.default) == 1
+    assert_equal(tuple(x.grad for x in call.leaves), expected)

@@ -224,12 +224,11 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
     tensors = (q, k, v, out, lse, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
     pointers, facts = _pointers(tensors)
     lse_strides = _lse_strides(lse)
-    pointers += lse_strides
     index = q.get_device()
     configs = runtime.config_dir()
     key = (problem, q.stride(), k.stride(), v.stride(), slopes is None or slopes.stride(), index, facts, configs)
     launcher = KERNELS["forward"]
-    if launcher.launch_known(key, index, pointers):
+    if launcher.launch_known(key, index, [*pointers, *lse_strides]):
         return out, lse
     current = plan("forward", problem, runtime.arch_of(q.device), configs)
     strides = (_strides(q), _strides(k), _strides(v))
