@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from flash_rocm import backends, ops, runtime, validation
-from flash_rocm.problem import AttentionInputs, default_softmax_scale
+from flash_rocm.problem import AttentionInputs, Layout, default_softmax_scale
 
 AttentionResult = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -66,12 +66,24 @@ def flash_attn_func(
     # Asked here already, because this is the call whose host time small inputs feel.
     if not q.is_cuda or torch.is_autocast_enabled("cuda"):
         q, k, v = _autocast(q, k, v)
-    validation.check_qkv(q, k, v, 4, 4)
-    validation.check_alibi(alibi_slopes, q, q.shape[0])
+    layout = validation.check_qkv(q, k, v, 4, 4)
+    batch, seqlen_q, _, _ = layout.q_shape
+    if alibi_slopes is not None:
+        validation.check_alibi(alibi_slopes, q, batch)
     inputs = (q, k, v, None, None, alibi_slopes)
-    lengths = (q.shape[1], k.shape[1])
+    lengths = (seqlen_q, layout.k_shape[1])
     return _attend(
-        inputs, None, lengths, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs
+        layout,
+        inputs,
+        None,
+        lengths,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        deterministic,
+        return_attn_probs,
     )
 
 
@@ -157,15 +169,17 @@ def flash_attn_varlen_func(
     q beyond cu_seqlens_q[-1] give out 0, softmax_lse -inf and gradient 0.
     """
     q, k, v = _autocast(q, k, v)
-    validation.check_qkv(q, k, v, 3, 3 if block_table is None else 4)
+    layout = validation.check_qkv(q, k, v, 3, 3 if block_table is None else 4)
     validation.check_varlen(q, cu_seqlens_q, cu_seqlens_k, block_table)
-    validation.check_alibi(alibi_slopes, q, cu_seqlens_q.shape[0] - 1)
+    if alibi_slopes is not None:
+        validation.check_alibi(alibi_slopes, q, cu_seqlens_q.shape[0] - 1)
     lengths = (
         validation.check_max_seqlen("max_seqlen_q", max_seqlen_q),
         validation.check_max_seqlen("max_seqlen_k", max_seqlen_k),
     )
     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
     return _attend(
+        layout,
         inputs,
         block_table,
         lengths,
@@ -310,7 +324,8 @@ def explain(
         max_seqlen_q = validation.check_max_seqlen("max_seqlen_q", q.shape[0] if max_seqlen_q is None else max_seqlen_q)
         total_k = k.shape[0] if block_table is None else block_table.shape[1] * k.shape[1]
         max_seqlen_k = validation.check_max_seqlen("max_seqlen_k", total_k if max_seqlen_k is None else max_seqlen_k)
-    validation.check_alibi(alibi_slopes, q, batch)
+    if alibi_slopes is not None:
+        validation.check_alibi(alibi_slopes, q, batch)
     scale = default_softmax_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
     left, right = validation.check_scalars(dropout_p, scale, window_size, softcap)
     lengths = (max_seqlen_q, max_seqlen_k)
@@ -347,6 +362,7 @@ def _draw_rng_state(device: torch.device) -> torch.Tensor:
 
 
 def _attend(
+    layout: Layout,
     inputs: tuple[Any, ...],
     block_table: torch.Tensor | None,
     lengths: tuple[int, int],
@@ -360,7 +376,7 @@ def _attend(
 ) -> AttentionResult:
     """The part that dense and varlen share; ``inputs``: q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes."""
     q, k, v = inputs[:3]
-    scale = default_softmax_scale(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    scale = default_softmax_scale(layout.q_shape[-1]) if softmax_scale is None else float(softmax_scale)
     left, right = validation.check_scalars(dropout_p, scale, window_size, softcap)
     compiling = torch.compiler.is_compiling()
     args = (
@@ -378,7 +394,7 @@ def _attend(
         # Eager calls pin their choice for the backward; graphs leave the environment to run time.
         runtime.override() if compiling else runtime.requested_backend(),
     )
-    out, softmax_lse = ops.attention_forward(compiling, args)
+    out, softmax_lse = ops.attention_forward(compiling, args, layout)
     if not return_attn_probs:
         return out
     if dropout_p == 0.0:

@@ -16,7 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 from flash_rocm import backends, runtime
-from flash_rocm.problem import AttentionInputs, AttentionProblem, accumulate_dtype, lse_shape
+from flash_rocm.problem import AttentionInputs, AttentionProblem, Layout, accumulate_dtype, layout_of, lse_shape
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "
@@ -78,26 +78,18 @@ _decided: dict[tuple[Any, ...], _Decision] = {}
 _DECIDED_MAX = 4096
 
 
-def _decide(args: tuple[Any, ...]) -> _Decision:
+def _decide(args: tuple[Any, ...], layout: Layout) -> _Decision:
     """The problem and its back end, for operator arguments in schema order."""
-    q, k, v, cu_seqlens_q, _, alibi_slopes, _, block_table = args[:_NUM_TENSORS]
+    cu_seqlens_q, alibi_slopes, block_table = args[3], args[5], args[7]
     scalars = args[_NUM_TENSORS:]
-    key = (
-        scalars,
-        scalars[-1] or runtime.requested_backend(),
-        q.shape,
-        k.shape,
-        v.shape,
-        q.dtype,
-        q.device,
-        cu_seqlens_q is None or cu_seqlens_q.shape,
-        alibi_slopes is None,
-        block_table is None,
-    )
+    request = scalars[-1] or runtime.requested_backend()
+    batch = cu_seqlens_q is None or cu_seqlens_q.shape
+    key = (layout, scalars, request, batch, alibi_slopes is None, block_table is None)
     found = _decided.get(key)
     if found is None:
+        q, k = args[0], args[1]
         problem = problem_of(AttentionInputs(*args[:_NUM_TENSORS]), scalars)
-        name = backends.select(problem, runtime.arch_of(q.device), key[1])
+        name = backends.select(problem, runtime.arch_of(q.device), request)
         runtime.warn_of_unused_variables()
         runtime.log_once(f"back end {name} for {problem.dtype} on {q.device.type}")
         is_empty = 0 in (q.numel(), k.numel(), problem.seqlen_q, problem.seqlen_k)
@@ -108,13 +100,16 @@ def _decide(args: tuple[Any, ...]) -> _Decision:
 
 
 def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    problem, backend, is_empty = _decide(args)
-    inputs = AttentionInputs._make(args[:_NUM_TENSORS])
+    return _forward_of(layout_of(*args[:3]), args)
+
+
+def _forward_of(layout: Layout, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    problem, backend, is_empty = _decide(args, layout)
     if is_empty:
-        q = inputs.q
+        q = args[0]
         lse = q.new_full(lse_shape(q), float("-inf"), dtype=accumulate_dtype(q.dtype))
         return q.new_zeros((*q.shape[:-1], problem.headdim_v)), lse
-    return backend.forward(problem, inputs)
+    return backend.forward(problem, AttentionInputs._make(args[:_NUM_TENSORS]))
 
 
 def _forward_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +122,7 @@ def _backward(
     dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, softmax_lse: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = AttentionInputs._make(args[:_NUM_TENSORS])
-    problem, backend, is_empty = _decide(args)
+    problem, backend, is_empty = _decide(args, layout_of(*inputs[:3]))
     if is_empty:
         return tuple(x.new_zeros(x.shape) for x in (inputs.q, inputs.k, inputs.v))  # type: ignore[return-value]
     if dout.stride(-1) != 1:
@@ -143,7 +138,7 @@ def _backward_fake(
 
 def _probs(softmax_lse: torch.Tensor, *args: Any) -> torch.Tensor:
     inputs = AttentionInputs._make(args[:_NUM_TENSORS])
-    problem, backend, is_empty = _decide(args)
+    problem, backend, is_empty = _decide(args, layout_of(*inputs[:3]))
     if is_empty:
         return inputs.q.new_zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
     return backend.probs(problem, inputs, softmax_lse)
@@ -233,19 +228,24 @@ def _is_plain(*tensors: torch.Tensor) -> bool:
     return True
 
 
-def attention_forward(compiling: bool, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_forward(
+    compiling: bool, args: tuple[Any, ...], layout: Layout | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse, differentiable.
 
     Args:
         compiling: whether torch.compile is tracing this.
         args: in the order of the schema.
+        layout: that of q, k and v, if the caller has it.
     """
     needs_grad = args[-2]
     if forward_ad._current_level >= 0 or (needs_grad and torch._C._are_functorch_transforms_active()):
         return _Transformed.apply(*args)
     if compiling or not _is_plain(args[0], args[1], args[2]):
         return torch.ops.flash_rocm.attention_forward.default(*args)
-    return _Attention.apply(*args) if needs_grad else _forward(*args)
+    if needs_grad:
+        return _Attention.apply(*args)
+    return _forward_of(layout or layout_of(*args[:3]), args)
 
 
 def attention_probs(*args: Any) -> torch.Tensor:

@@ -8,12 +8,43 @@ carries the tensors beside it.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 #: Windows and lengths stay below this, so that sums of two of them fit in 32 bits.
 MAX_SEQLEN = 1 << 30
+
+
+class Layout:
+    """Stands for the shapes, strides, dtypes and devices of q, k and v, looked up once per call.
+
+    Asking tensors for all that takes a large part of the host time of a small call.  Instances of
+    :func:`layout_of` are shared between calls, so that caches may key on their identity.
+    """
+
+    __slots__ = ("q_shape", "k_shape", "ranks")
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        self.q_shape, self.k_shape = q.shape, k.shape
+        #: (rank of q, rank of k and v) under which validation has found all of it right.
+        self.ranks: tuple[int, int] | None = None
+
+
+_layouts: dict[tuple[Any, ...], Layout] = {}
+_LAYOUTS_MAX = 4096
+
+
+def layout_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Layout:
+    """The shared layout of three tensors with these shapes, strides, dtypes and devices (all concrete)."""
+    strides = (q.stride(), k.stride(), v.stride())
+    key = (q.shape, k.shape, v.shape, strides, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+    found = _layouts.get(key)
+    if found is None:
+        if len(_layouts) >= _LAYOUTS_MAX:
+            _layouts.clear()
+        found = _layouts[key] = Layout(q, k)
+    return found
 
 
 class AttentionInputs(NamedTuple):

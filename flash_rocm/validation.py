@@ -11,9 +11,11 @@ import operator
 
 import torch
 
-from flash_rocm.problem import MAX_SEQLEN
+from flash_rocm.problem import MAX_SEQLEN, Layout, layout_of
 
 UNLIMITED = (-1, -1)
+#: Tensors with concrete shapes; subclasses (fake tensors among them) may have symbolic ones.
+_CONCRETE = (torch.Tensor, torch.nn.Parameter)
 FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -22,36 +24,26 @@ def invalid(argument: str, expected: str, got: object, hint: str = "") -> ValueE
     return ValueError(f"{argument}: expected {expected}, got {got}." + (f" Hint: {hint}" if hint else ""))
 
 
-def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int, kv_dims: int) -> None:
-    """Ranks, dtypes, devices, heads, head dims, contiguity of the last dim; of dense calls batch and lengths."""
-    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
-    dtype = q.dtype
-    # One expression for the calls that are right, which is nearly all; the reason is found after.
-    if (
-        len(q_shape) == dims
-        and len(k_shape) == kv_dims
-        and (k_shape == v_shape or k_shape[:-1] == v_shape[:-1])
-        and dtype is k.dtype
-        and dtype is v.dtype
-        and dtype in FLOAT_DTYPES
-        and q.device == k.device == v.device
-        and q_shape[-1] == k_shape[-1] > 0
-        and v_shape[-1] > 0
-        and k_shape[-2] > 0
-        and q_shape[-2] % k_shape[-2] == 0
-        and (q.is_contiguous() or q.stride(-1) == 1)
-        and (k.is_contiguous() or k.stride(-1) == 1)
-        and (v.is_contiguous() or v.stride(-1) == 1)
-        and (dims == 3 or (q_shape[0] == k_shape[0] and q_shape[1] <= MAX_SEQLEN and k_shape[1] <= MAX_SEQLEN))
-    ):
-        return
+def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int, kv_dims: int) -> Layout:
+    """Ranks, dtypes, devices, heads, head dims, contiguity of the last dim; of dense calls batch and lengths.
+
+    Returns:
+        What was found right.  If it is concrete, later calls with the same are not looked at again.
+    """
+    concrete = type(q) in _CONCRETE and type(k) in _CONCRETE and type(v) in _CONCRETE
+    if concrete and not torch.compiler.is_compiling():
+        layout = layout_of(q, k, v)
+        if layout.ranks == (dims, kv_dims):
+            return layout
+    else:
+        layout = Layout(q, k)
     for name, x, rank in (("q", q, dims), ("k", k, kv_dims), ("v", v, kv_dims)):
         if x.dim() != rank:
             raise _wrong_rank(name, x, rank)
-    _diagnose_types(q, k, v)
-    _diagnose_heads(q, k, v)
+    _check_types(q, k, v)
+    _check_heads(q, k, v)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1 and x.shape[-1] != 1:
+        if x.stride(-1) != 1 and x.shape[-1] != 1 and not x.is_contiguous():
             raise invalid(name, "stride 1 in the last dim", x.stride(-1), f"pass {name}.contiguous().")
     if dims == 4:
         if k.shape[0] != q.shape[0]:
@@ -59,9 +51,11 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int, kv_d
         for name, x in (("q", q), ("k", k)):
             if x.shape[1] > MAX_SEQLEN:
                 raise invalid(name, f"seqlen <= {MAX_SEQLEN}", x.shape[1])
+    layout.ranks = (dims, kv_dims)
+    return layout
 
 
-def _diagnose_types(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check_types(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if q.dtype not in FLOAT_DTYPES:
         raise invalid("q", "float16, bfloat16, float32 or float64", q.dtype, "cast the inputs.")
     for name, x in (("k", k), ("v", v)):
@@ -71,7 +65,7 @@ def _diagnose_types(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             raise invalid(name, f"the device of q, {q.device}", x.device, "move all inputs to one device.")
 
 
-def _diagnose_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     nheads, nheads_k = q.shape[-2], k.shape[-2]
     if v.shape[-2] != nheads_k:
         raise invalid("v", f"{nheads_k} heads, like k", v.shape[-2], "k and v share their heads.")
@@ -126,10 +120,8 @@ def check_scalars(
     return min(left, MAX_SEQLEN), min(right, MAX_SEQLEN)
 
 
-def check_alibi(alibi_slopes: torch.Tensor | None, q: torch.Tensor, batch: int) -> None:
+def check_alibi(alibi_slopes: torch.Tensor, q: torch.Tensor, batch: int) -> None:
     """(nheads,) or (batch, nheads) float32 on q's device."""
-    if alibi_slopes is None:
-        return
     nheads = q.shape[-2]
     if alibi_slopes.dtype != torch.float32:
         raise invalid("alibi_slopes", "float32", alibi_slopes.dtype, "pass alibi_slopes.float().")
