@@ -122,15 +122,11 @@ def _pointers(tensors: tuple[torch.Tensor | None, ...]) -> tuple[list[int | None
 
     Launches take numbers: about a tensor Triton would ask the driver, which the first launch has done.
     """
-    pointers: list[int | None] = []
+    pointers = [None if x is None else x.data_ptr() for x in tensors]
     combined = 0
-    for x in tensors:
-        if x is None:
-            pointers.append(None)
-        else:
-            pointer = x.data_ptr()
+    for pointer in pointers:
+        if pointer:
             combined |= pointer
-            pointers.append(pointer)
     far = _IS_HIP and any(x is not None and _is_far(x) for x in tensors)
     if combined & 15 == 0 and not far:
         return pointers, 0
