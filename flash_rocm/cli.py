@@ -103,10 +103,9 @@ def info_lines() -> list[str]:
 
 def _config_file(arch: str) -> str:
     """Name of the file an arch takes its kernel configs from."""
+    source = runtime.config_source()
     try:
-        return config.lookup(
-            arch, "forward", dtype="float16", headdim=64, masked=False, config_dir=runtime.config_dir()
-        ).source.split()[0]
+        return f"{config.arch_configs(arch, source.folder if source else None).arch}.json"
     except config.ConfigError as error:
         return f"error, {error}"
 
