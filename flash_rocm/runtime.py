@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import logging
 import os
+import pathlib
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -122,6 +123,15 @@ def config_source() -> ConfigSource | None:
     return None
 
 
+def cache_dir() -> pathlib.Path:
+    """``FLASH_ROCM_CACHE_DIR``: what is kept between runs; default: ``flash_rocm`` in the user's cache folder."""
+    own = os.environ.get("FLASH_ROCM_CACHE_DIR")
+    if own:
+        return pathlib.Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(shared) if shared else pathlib.Path.home() / ".cache") / "flash_rocm"
+
+
 def triton_interpret() -> bool:
     """Whether Triton kernels run under its CPU interpreter (Triton reads this when it decorates)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
@@ -130,17 +140,18 @@ def triton_interpret() -> bool:
 #: Variables that this version reads.
 _VARIABLES = (
     "FLASH_ROCM_BACKEND",
+    "FLASH_ROCM_CACHE_DIR",
     "FLASH_ROCM_CONFIG_DIR",
     "FLASH_ROCM_KERNEL_CONFIG",
     "FLASH_ROCM_LOG",
     "FLASH_ATTENTION_TRITON_AMD_ENABLE",
     "FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON",
     "TRITON_INTERPRET",
+    "XDG_CACHE_HOME",
 )
 #: Variables that belong to the project, or that ROCm users know, and that this version does not act on.
 _UNUSED_VARIABLES = (
     "FLASH_ROCM_AUTOTUNE",
-    "FLASH_ROCM_CACHE_DIR",
     "FLASH_ROCM_VIRTUAL_GPU",
     "FLASH_ROCM_DEBUG",
     "FLASH_ATTENTION_TRITON_AMD_AUTOTUNE",

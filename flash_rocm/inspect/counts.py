@@ -65,8 +65,6 @@ def kind(instruction: Instruction) -> str:
     if name.startswith(("v_mfma_", "v_wmma_", "v_smfmac_", "v_swmmac_")):
         return "matrix"
     if name.startswith("v_"):
-        if name == "v_nop":
-            return "other"
         if _TRANSCENDENTAL.match(name):
             return "trans"
         return "slow" if name.startswith(_SLOW) else "valu"

@@ -10,7 +10,7 @@ import dataclasses
 
 from flash_rocm.amdgpu.assembly import Instruction, Program
 
-from .counts import count, is_scratch, kind, Mix
+from .counts import Mix, count, is_scratch, kind
 
 _NO_FALL_THROUGH = ("s_branch", "s_endpgm", "s_setpc_b64", "s_swappc_b64")
 
