@@ -132,6 +132,11 @@ def cache_dir() -> pathlib.Path:
     return (pathlib.Path(shared) if shared else pathlib.Path.home() / ".cache") / "flash_rocm"
 
 
+def rocm_home() -> str:
+    """``ROCM_HOME``: where ROCm is installed."""
+    return os.environ.get("ROCM_HOME") or "/opt/rocm"
+
+
 def triton_interpret() -> bool:
     """Whether Triton kernels run under its CPU interpreter (Triton reads this when it decorates)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
@@ -146,6 +151,7 @@ _VARIABLES = (
     "FLASH_ROCM_LOG",
     "FLASH_ATTENTION_TRITON_AMD_ENABLE",
     "FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON",
+    "ROCM_HOME",
     "TRITON_INTERPRET",
     "XDG_CACHE_HOME",
 )
