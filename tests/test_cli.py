@@ -144,7 +144,7 @@ def test_explain_with_a_wrong_environment(capsys: pytest.CaptureFixture[str], mo
     assert err.startswith("flash-rocm explain: FLASH_ROCM_BACKEND: expected one of")
 
 
-@pytest.mark.parametrize("command", ["demo", "bench", "explain", "info"])
+@pytest.mark.parametrize("command", ["demo", "bench", "explain", "info", "inspect"])
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--diff", type=pathlib.Path, metavar="OLD.json", help="print what changed since a run with --format json")
     add("--check", action="store_true", help="exit with 1 if a kernel breaks the limits of its config entry")
     add("--object", type=pathlib.Path, metavar="FILE.co", help="inspect this code object instead of our kernels")
-    add("--jobs", type=_jobs, default=len(os.sched_getaffinity(0)), help="compiler processes; default: %(default)s")
+    add("--jobs", type=_jobs, default=os.cpu_count() or 1, help="compiler processes; default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:

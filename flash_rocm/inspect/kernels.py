@@ -103,7 +103,8 @@ def source_with(kernel: str, overrides: Mapping[str, int] | None) -> ConfigSourc
     return ConfigSource(folder=folder, kernels=json.dumps({kernel: dict(overrides)}))
 
 
-def _problem(case: Case) -> AttentionProblem:
+def problem_of(case: Case) -> AttentionProblem:
+    """The call whose kernels a case names."""
     return AttentionProblem(
         dtype=DTYPES[case.dtype],
         device_type="cuda",
@@ -122,7 +123,7 @@ def _problem(case: Case) -> AttentionProblem:
 
 def compiled_report(case: Case, source: ConfigSource | None) -> Report:
     """Compile, count, and keep the result."""
-    arch, problem = runtime.arch_named(case.arch), _problem(case)
+    arch, problem = runtime.arch_named(case.arch), problem_of(case)
     entry = backends.load_planner().kernel_config(case.kernel, problem, arch, source)
     try:
         text, lds_bytes = backends.load_offline().listing(case.kernel, problem, arch, source)
@@ -183,7 +184,7 @@ def _sources_hash() -> str:
 
 
 def _cache_path(case: Case, source: ConfigSource | None) -> pathlib.Path:
-    arch, problem = runtime.arch_named(case.arch), _problem(case)
+    arch, problem = runtime.arch_named(case.arch), problem_of(case)
     entry = backends.load_planner().kernel_config(case.kernel, problem, arch, source)
     key = (FORMAT, _sources_hash(), _triton_version(), arch, problem, case, entry.options())
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
@@ -200,7 +201,7 @@ def cached_report(case: Case, source: ConfigSource | None) -> Report | None:
     except (OSError, UnicodeDecodeError, ConfigError, TypeError, KeyError) as error:
         runtime.warn_once(f"{path}: expected a report of inspect, compiling again: {error}")
         return None
-    entry = backends.load_planner().kernel_config(case.kernel, _problem(case), runtime.arch_named(case.arch), source)
+    entry = backends.load_planner().kernel_config(case.kernel, problem_of(case), runtime.arch_named(case.arch), source)
     return dataclasses.replace(report, config=entry.source, limits=entry.limits)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 
 from flash_rocm.amdgpu.assembly import Instruction, Program
 
-from .counts import Mix, count, is_scratch, kind
+from .counts import InspectError, Mix, count, is_scratch, kind
 
 _NO_FALL_THROUGH = ("s_branch", "s_endpgm", "s_setpc_b64", "s_swappc_b64")
 
@@ -34,9 +34,17 @@ def spans(program: Program) -> list[tuple[int, int]]:
 
 
 def loop_scratch(program: Program) -> int:
-    """Instructions inside loops that reach private memory."""
+    """Instructions inside loops that reach private memory.
+
+    Raises:
+        InspectError: a loop holds what the disassembler could not read.
+    """
     inside = {index for first, last in spans(program) for index in range(first, last + 1)}
-    return sum(is_scratch(program.instructions[index]) for index in inside)
+    code = [program.instructions[index] for index in inside]
+    unread = next((instruction for instruction in code if instruction.mnemonic.startswith(".")), None)
+    if unread is not None:
+        raise InspectError(f"{program.name}: expected instructions in a loop, got {unread.text!r}. Hint: another arch?")
+    return sum(is_scratch(instruction) for instruction in code)
 
 
 def _ways(program: Program, first: int, last: int, arch: str) -> tuple[list[Instruction], list[Instruction]] | None:

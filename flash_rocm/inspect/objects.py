@@ -10,7 +10,7 @@ import subprocess
 from flash_rocm import runtime
 from flash_rocm.amdgpu.assembly import AssemblyError, parse_objdump_code
 
-from .counts import InspectError
+from .counts import InspectError, is_cdna
 from .report import Case, Report, Resources, Work, amd_report
 
 _MINIMUM_LLVM = 22
@@ -67,9 +67,13 @@ def inspect_object(path: pathlib.Path, arch: str, kernel: str, headdim: int) -> 
     if not path.is_file():
         raise InspectError(f"--object: expected a file, got {str(path)!r}")
     objdump = find_objdump()
-    text = _run([str(objdump), "-d", f"--mcpu={arch}", str(path)])
+    disassemble = [str(objdump), "-d", f"--mcpu={arch}", str(path)]
+    if not is_cdna(arch):
+        # LLVM uses the 16-bit halves of registers on RDNA by default, but its disassembler does not know them.
+        disassemble.append("--mattr=+real-true16")
+    text = _run(disassemble)
     # The kernel descriptors, which LLVM prints as the directives that made them.
-    descriptors = _run([str(objdump), "-d", "-j", ".rodata", f"--mcpu={arch}", str(path)])
+    descriptors = _run([*disassemble, "-j", ".rodata"])
     waves = _waves_per_workgroup(objdump, path)
     kernels = re.findall(r"^\.amdhsa_kernel (\S+)\n(.*?)^\.end_amdhsa_kernel", descriptors, re.MULTILINE | re.DOTALL)
     if not kernels:

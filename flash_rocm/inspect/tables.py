@@ -14,7 +14,7 @@ from .report import FORMAT, LoopReport, Report, from_json, to_json
 
 _HEAD = (
     *("arch", "kernel", "dtype", "d", "mask", "VGPR", "spills", "scratch", "LDS", "waves", "code"),
-    *("matrix/VALU/trans/SALU/LDS/VMEM", "loop scratch", "R", "masked", "Ru", "serial", "overlapped", "N"),
+    *("matrix/VALU/trans/SALU/LDS/VMEM", "loop scratch", "R", "R masked", "Ru", "serial", "overlapped", "N"),
 )
 
 
