@@ -6,14 +6,16 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
 
 import pytest
 
 from flash_rocm import backends, cli, config, runtime
+from flash_rocm.amdgpu.assembly import parse_amdgcn
 from flash_rocm.config_schema import ConfigError, Limits
-from flash_rocm.inspect import InspectError, inspect_problem, judge, objects, tables
+from flash_rocm.inspect import InspectError, counts, inspect_problem, judge, objects, tables
 from flash_rocm.inspect.counts import Mix
 from flash_rocm.inspect.report import Case, LoopReport, Report, Resources
 
@@ -228,6 +230,24 @@ def test_several_processes_and_a_diff(capsys: pytest.CaptureFixture[str], tmp_pa
     old.write_text(json.dumps(contents))
     status, out, _ = run(capsys, *options, "--diff", str(old))
     assert status == 0 and "gfx942 probs fp16 32 full: VGPR 1 -> " in out
+
+
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx942"])
+def test_scratch_is_what_llvm_calls_a_spill(arch: str) -> None:
+    """Every access to private memory that LLVM annotates is found, and nothing else in a program that only spills."""
+    triton_needed()
+    from flash_rocm._triton.offline import listing
+
+    from flash_rocm.inspect.kernels import problem_of, source_with
+
+    case = Case(arch, "probs", "fp16", 512, "full")
+    source = source_with("probs", {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 1})
+    text, _ = listing(case.kernel, problem_of(case), runtime.arch_named(arch), source)
+    annotated = re.findall(r"^\s+(?:scratch|buffer)_.*; \d+-byte Folded (?:Spill|Reload)", text, re.MULTILINE)
+    found = [x for x in parse_amdgcn(text).instructions if counts.is_scratch(x, arch)]
+    assert len(annotated) > 10
+    assert len(found) >= len(annotated)
+    assert not [x for x in found if "offen" in x.modifiers]
 
 
 WRONG = {

@@ -74,7 +74,7 @@ kernel:
         ("ds_bpermute_b32 v1, v2, v3", "lds"),
         ("buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen", "vmem"),
         ("global_store_short v[0:1], v2, off", "vmem"),
-        ("buffer_store_dword v1, off, s[0:3], 0 offset:4", "scratch"),
+        ("buffer_store_dword v1, off, s[88:91], 0 offset:4", "scratch"),
         ("scratch_load_b32 v1, off, off", "scratch"),
         ("s_load_dword s0, s[4:5], 0x0", "smem"),
         ("s_buffer_load_b32 s0, s[4:7], 0x0", "smem"),
@@ -89,7 +89,12 @@ kernel:
     ],
 )
 def test_kinds(text: str, kind: str) -> None:
-    assert counts.kind(split_instruction(text)) == kind
+    assert counts.kind(split_instruction(text), "gfx90a") == kind
+
+
+def test_a_buffer_without_an_address_is_scratch_on_gfx90a_only() -> None:
+    text = "buffer_load_dword v1, off, s[88:91], 0 offset:4"
+    assert counts.kind(split_instruction(text), "gfx942") == "vmem"
 
 
 @pytest.mark.parametrize(
@@ -179,7 +184,7 @@ def test_ways_through_the_loops_of_a_snippet() -> None:
     assert loops.full_and_masked([second, first], "gfx942") == (first.short, second.long)
     assert loops.full_and_masked([second], "gfx942") == (second.short, None)
     assert loops.full_and_masked([], "gfx942") == (None, None)
-    assert loops.loop_scratch(program) == 2  # not the one behind the loops
+    assert loops.loop_scratch(program, "gfx942") == 2  # not the one behind the loops
 
 
 def test_without_matrix_instructions_the_loop_with_an_exponential_counts() -> None:

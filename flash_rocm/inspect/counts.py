@@ -59,7 +59,7 @@ def is_cdna(arch: str) -> bool:
     return arch.startswith("gfx9")
 
 
-def kind(instruction: Instruction) -> str:
+def kind(instruction: Instruction, arch: str) -> str:
     """What executes an instruction, one of :data:`KINDS`."""
     name = instruction.mnemonic
     if name.startswith(("v_mfma_", "v_wmma_", "v_smfmac_", "v_swmmac_")):
@@ -70,7 +70,7 @@ def kind(instruction: Instruction) -> str:
         return "slow" if name.startswith(_SLOW) else "valu"
     if name.startswith("ds_"):
         return "lds"
-    if is_scratch(instruction):
+    if is_scratch(instruction, arch):
         return "scratch"
     if name.startswith(("buffer_", "global_", "flat_", "image_", "tbuffer_")):
         return "vmem"
@@ -81,14 +81,14 @@ def kind(instruction: Instruction) -> str:
     return "other"
 
 
-def is_scratch(instruction: Instruction) -> bool:
+def is_scratch(instruction: Instruction, arch: str) -> bool:
     """Whether an instruction reads or writes private memory, where spilled registers live.
 
-    gfx90a reaches it through the buffer resource in s[0:3], without a vector address.
+    gfx90a reaches it through a buffer without a vector address, which is how no kernel reads its tensors.
     """
     if instruction.mnemonic.startswith("scratch_"):
         return True
-    return instruction.mnemonic.startswith("buffer_") and instruction.operands[1:3] == ("off", "s[0:3]")
+    return arch == "gfx90a" and instruction.mnemonic.startswith("buffer_") and instruction.operands[1:2] == ("off",)
 
 
 def is_compare(instruction: Instruction) -> bool:
@@ -170,7 +170,7 @@ def count(instructions: Iterable[Instruction], arch: str) -> Mix:
     kinds: collections.Counter[str] = collections.Counter()
     compares = cycles = flop = 0
     for instruction in instructions:
-        what = kind(instruction)
+        what = kind(instruction, arch)
         kinds[what] += 1
         compares += is_compare(instruction)
         if what == "matrix":

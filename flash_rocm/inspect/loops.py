@@ -33,7 +33,7 @@ def spans(program: Program) -> list[tuple[int, int]]:
     return sorted((target, branch) for branch, target in program.targets.items() if target <= branch)
 
 
-def loop_scratch(program: Program) -> int:
+def loop_scratch(program: Program, arch: str) -> int:
     """Instructions inside loops that reach private memory.
 
     Raises:
@@ -44,7 +44,7 @@ def loop_scratch(program: Program) -> int:
     unread = next((instruction for instruction in code if instruction.mnemonic.startswith(".")), None)
     if unread is not None:
         raise InspectError(f"{program.name}: expected instructions in a loop, got {unread.text!r}. Hint: another arch?")
-    return sum(is_scratch(instruction) for instruction in code)
+    return sum(is_scratch(instruction, arch) for instruction in code)
 
 
 def _ways(program: Program, first: int, last: int, arch: str) -> tuple[list[Instruction], list[Instruction]] | None:
@@ -54,7 +54,7 @@ def _ways(program: Program, first: int, last: int, arch: str) -> tuple[list[Inst
     best: list[dict[int, tuple[int, int]]] = [{last: (0, 0)}, {last: (0, 0)}]
     following: list[dict[int, int]] = [{}, {}]
     for index in range(last - 1, first - 1, -1):
-        what = kind(code[index])
+        what = kind(code[index], arch)
         vector = count([code[index]], arch).vector_cycles(arch) if what in ("valu", "trans", "slow") else 0
         successors = [] if code[index].mnemonic in _NO_FALL_THROUGH else [index + 1]
         target = program.targets.get(index)
@@ -80,11 +80,11 @@ def _ways(program: Program, first: int, last: int, arch: str) -> tuple[list[Inst
 def hot_loops(program: Program, arch: str) -> list[Loop]:
     """Innermost loops with matrix instructions; where the program has none, those with an exponential."""
     code = program.instructions
-    has_matrix = any(kind(instruction) == "matrix" for instruction in code)
+    has_matrix = any(kind(instruction, arch) == "matrix" for instruction in code)
 
     def is_hot(index: int) -> bool:
         if has_matrix:
-            return kind(code[index]) == "matrix"
+            return kind(code[index], arch) == "matrix"
         return code[index].mnemonic.startswith("v_exp_")
 
     hot = [span for span in spans(program) if any(is_hot(index) for index in range(span[0], span[1] + 1))]

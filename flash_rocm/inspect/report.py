@@ -114,7 +114,7 @@ def amd_report(case: Case, program: Program, resources: Resources, num_warps: in
         waves_per_simd=min(by_vgprs, by_lds),
         waves_by_vgprs=by_vgprs,
         waves_by_lds=by_lds,
-        loop_scratch=loop_scratch(program),
+        loop_scratch=loop_scratch(program, case.arch),
         full=full,
         masked=masked,
         **facts,
