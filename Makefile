@@ -3,6 +3,8 @@
 #   make demo     a pretrained sentence encoder whose attention flash_rocm runs
 #   make test     all tests that need no GPU
 #   make lint     ruff and mypy
+#   make inspect  what the kernels compile to: bf16 for every AMD chip, the other types for gfx942 and gfx1100
+#   make inspect-all   the same for every type and chip, NVIDIA's too
 #   make bench    speed and memory against what else is installed (BENCH_ARGS="--help")
 #   make clean    remove .venv and everything that was built
 #
@@ -22,12 +24,13 @@ LINTERS ?= ruff==0.17.5 mypy==2.4.1
 JOBS   ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS  ?=
+INSPECT_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PACKAGE := pyproject.toml setup.py flash_rocm/__init__.py
 
-.PHONY: demo test lint bench venv clean FORCE
+.PHONY: demo test lint bench inspect inspect-all venv clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -44,6 +47,16 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.bench
 	$(BIN)/flash-rocm bench $(BENCH_ARGS)
+
+# Both runs of the set report before either fails it.
+inspect: $(VENV)/.package
+	@status=0; \
+	$(BIN)/flash-rocm inspect --arch amd --dtype bf16 --check --jobs $(JOBS) $(INSPECT_ARGS) || status=1; \
+	$(BIN)/flash-rocm inspect --arch gfx942,gfx1100 --dtype fp16,fp32 --check --jobs $(JOBS) $(INSPECT_ARGS) || status=1; \
+	exit $$status
+
+inspect-all: $(VENV)/.package
+	$(BIN)/flash-rocm inspect --arch all --check --jobs $(JOBS) $(INSPECT_ARGS)
 
 venv: $(VENV)/.package
 

@@ -15,8 +15,9 @@ from typing import Protocol
 import torch
 
 from flash_rocm import runtime
+from flash_rocm.config_schema import KernelConfig
 from flash_rocm.problem import FEATURES, AttentionInputs, AttentionProblem
-from flash_rocm.runtime import Arch
+from flash_rocm.runtime import Arch, ConfigSource
 
 
 class Backend(Protocol):
@@ -189,6 +190,37 @@ def load(name: str) -> Backend:
     return importlib.import_module(CAPABILITIES[name].module)  # type: ignore[return-value]
 
 
+class OfflineCompiler(Protocol):
+    """How the Triton back end compiles for chips that are not here."""
+
+    def listing(
+        self, kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None
+    ) -> tuple[str, int]:
+        """Return the text that ``inspect`` reads, and bytes of LDS."""
+
+
+class Planner(Protocol):
+    """What the Triton back end knows of a kernel without compiling it, and without Triton."""
+
+    def kernel_config(
+        self, kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None
+    ) -> KernelConfig:
+        """Return the config entry the kernel takes."""
+
+    def describe_configs(self, problem: AttentionProblem, arch: Arch) -> list[str]:
+        """Return one line per kernel for ``explain``."""
+
+
+def load_offline() -> OfflineCompiler:
+    """The compiler of the Triton kernels, imported with Triton itself."""
+    return importlib.import_module("flash_rocm._triton.offline")  # type: ignore[return-value]
+
+
+def load_planner() -> Planner:
+    """Configs and constants of the Triton kernels; needs no Triton."""
+    return importlib.import_module("flash_rocm._triton.plan")  # type: ignore[return-value]
+
+
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """Answer of :func:`flash_rocm.explain`; ``str()`` of it is the report."""
@@ -221,5 +253,5 @@ def explain_problem(problem: AttentionProblem, arch: Arch, requested: str) -> Ex
     reasons = {name: tuple(refusal_reasons(name, problem, arch)) for name in CAPABILITIES}
     configs: tuple[str, ...] = ()
     if chosen == "triton":
-        configs = tuple(importlib.import_module("flash_rocm._triton.plan").describe_configs(problem, arch))
+        configs = tuple(load_planner().describe_configs(problem, arch))
     return Explanation(problem, arch, requested, chosen, reasons, configs)

@@ -1,7 +1,7 @@
-"""The ``flash-rocm`` command: info, explain, demo, bench.
+"""The ``flash-rocm`` command: info, explain, demo, bench, inspect.
 
-Exit status: 0 done, 1 the answer is no (no back end takes the call, the demo found a difference),
-2 wrong arguments, told in one line.
+Exit status: 0 done, 1 the answer is no (no back end takes the call, the demo found a difference, a
+kernel breaks its limits), 2 wrong arguments, told in one line.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def _build_parser(command: str) -> tuple[_Parser, Callable[[argparse.Namespace],
     explain = commands.add_parser("explain", help="which back end a call takes, and why the others do not")
     demo = commands.add_parser("demo", help="a pretrained sentence encoder with its attention run by flash_rocm")
     bench = commands.add_parser("bench", help="speed and memory against the peers that are installed")
+    inspect = commands.add_parser("inspect", help="what the kernels compile to, for chips that are not here")
     if command == "explain":
         _add_explain_arguments(explain)
         return parser, _explain
@@ -65,6 +66,11 @@ def _build_parser(command: str) -> tuple[_Parser, Callable[[argparse.Namespace],
 
         bench_cli.add_arguments(bench)
         return parser, bench_cli.run
+    if command == "inspect":
+        from flash_rocm.inspect import cli as inspect_cli
+
+        inspect_cli.add_arguments(inspect)
+        return parser, inspect_cli.run
     return parser, _info
 
 
@@ -103,10 +109,9 @@ def info_lines() -> list[str]:
 
 def _config_file(arch: str) -> str:
     """Name of the file an arch takes its kernel configs from."""
+    source = runtime.config_source()
     try:
-        return config.lookup(
-            arch, "forward", dtype="float16", headdim=64, masked=False, config_dir=runtime.config_dir()
-        ).source.split()[0]
+        return f"{config.arch_configs(arch, source.folder if source else None).arch}.json"
     except config.ConfigError as error:
         return f"error, {error}"
 

@@ -1,22 +1,24 @@
-"""Kernel configs: the only reader of configs/*.json.  A leaf.
+"""Kernel configs: the only reader of JSON.  A leaf.
 
 One file per arch, ``<arch>.json``; ``generic.json`` serves archs without one.  A file is::
 
-    {"inherits": "gfx1100"}          another file, used whole, or
-    {"triton": [ENTRY, ...]}         entries tried from the top, the first that matches is taken
+    {"arch": "gfx1101", "inherits": "gfx1100"}                    another file, used whole, or
+    {"arch": "gfx1100", "triton": [ENTRY, ...], "ck": [...]}      entries tried from the top
 
     ENTRY = {"kernel": "forward" | "backward_dq" | "backward_dkdv" | "probs",
-             "match": {"dtype": [...], "headdim": [min, max], "masked": true | false},
+             "match": {"dtype": [...], "headdim": [min, max], "seqlen": [min, max],
+                       "causal": true | false, "masked": ..., "varlen": ...},      each optional
              "options": {"BLOCK_M": 128, ...},
-             "provenance": "where these values come from"}
+             "limits": {"vgpr_spills": 0, "loop_scratch": 0, "waves_per_simd": 1, "R": 0.85},    optional
+             "provenance": {"how": "measured", "date": "2026-11-21", "compiler": "Triton 3.6", "note": "..."}}
 
-Every key of ``match`` is optional.  ``headdim`` is the padded one (a power of two); ``masked`` is
-whether a causal or window mask applies.
+``flash_rocm/config_schema.py`` says what each value means and checks it.  The user's overrides, in the order
+of their strength: ``FLASH_ROCM_KERNEL_CONFIG``, ``FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON`` (forward only)
+and the files in ``FLASH_ROCM_CONFIG_DIR``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.resources
 import json
@@ -24,144 +26,123 @@ import pathlib
 from typing import Any
 
 from flash_rocm import runtime
+from flash_rocm.config_schema import (
+    ArchConfigs,
+    ConfigError,
+    Facts,
+    KernelConfig,
+    check_file,
+    check_kernel_overrides,
+    check_options,
+)
+from flash_rocm.runtime import ConfigSource
 
-KERNELS = ("forward", "backward_dq", "backward_dkdv", "probs")
-_MATCH_KEYS = ("dtype", "headdim", "masked")
-_AMD_OPTIONS = ("waves_per_eu", "matrix_instr_nonkdim", "kpack")
+#: Keys that flash-attn's users give to FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON.
+_THEIR_OPTIONS = ("BLOCK_M", "BLOCK_N", "waves_per_eu", "num_stages", "num_warps")
+_OURS, _THEIRS = "FLASH_ROCM_KERNEL_CONFIG", "FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON"
+_SHIPPED = ConfigSource()
 
 
-class ConfigError(ValueError):
-    """A config file is wrong; the text names file, entry, key and what was expected."""
+def parse(where: str, text: str) -> Any:
+    """Contents of JSON text; ``where`` names the file or variable in the error.
 
-
-@dataclasses.dataclass(frozen=True)
-class KernelConfig:
-    """Tuning of one kernel.  Block sizes in rows and columns of the score matrix.
-
-    waves_per_eu, matrix_instr_nonkdim and kpack are AMD's compiler options, 0 for its default.
+    Raises:
+        ConfigError: not JSON, or a key stands twice in one object, of which JSON would drop one silently.
     """
 
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-    waves_per_eu: int = 0
-    matrix_instr_nonkdim: int = 0
-    kpack: int = 0
-    source: str = dataclasses.field(default="", compare=False)
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        for key, _ in pairs if len(found) != len(pairs) else ():
+            if [name for name, _ in pairs].count(key) > 1:
+                raise ConfigError(f"{where}: expected each key once, got {key!r} twice")
+        return found
 
-    def compile_options(self, vendor: str) -> dict[str, int]:
-        """Options of the compiler for one vendor."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if vendor == "amd":
-            options |= {name: getattr(self, name) for name in _AMD_OPTIONS if getattr(self, name)}
-        return options
-
-    def describe(self) -> str:
-        """Values and where they come from, on one line."""
-        values = (f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self) if f.name != "source")
-        return f"{' '.join(values)} ({self.source})"
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: expected JSON, {error}") from error
 
 
-_OPTIONS = {field.name for field in dataclasses.fields(KernelConfig)} - {"source"}
-_REQUIRED = {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    kernel: str
-    dtypes: tuple[str, ...]
-    headdim: tuple[int, int]
-    masked: bool | None
-    config: KernelConfig
-
-    def matches(self, kernel: str, dtype: str, headdim: int, masked: bool) -> bool:
-        return (
-            self.kernel == kernel
-            and (not self.dtypes or dtype in self.dtypes)
-            and self.headdim[0] <= headdim <= self.headdim[1]
-            and self.masked in (None, masked)
-        )
-
-
-def _checked_entry(path: str, index: int, raw: Any) -> _Entry:
-    where = f"{path}: triton[{index}]"
-    if not isinstance(raw, dict) or not {"kernel", "options"} <= raw.keys():
-        raise ConfigError(f"{where}: expected an object with keys kernel and options, got {raw!r}")
-    if raw["kernel"] not in KERNELS:
-        raise ConfigError(f"{where}.kernel: expected one of {', '.join(KERNELS)}, got {raw['kernel']!r}")
-    match, options = raw.get("match", {}), raw["options"]
-    for key in match.keys() - set(_MATCH_KEYS):
-        raise ConfigError(f"{where}.match.{key}: expected one of {', '.join(_MATCH_KEYS)}")
-    for key in options.keys() - _OPTIONS:
-        raise ConfigError(f"{where}.options.{key}: expected one of {', '.join(sorted(_OPTIONS))}")
-    for key in _REQUIRED - options.keys():
-        raise ConfigError(f"{where}.options.{key}: expected a value, got none")
-    for key, value in options.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ConfigError(f"{where}.options.{key}: expected a whole number >= 0, got {value!r}")
-        if key in ("BLOCK_M", "BLOCK_N") and (value < 16 or value & (value - 1)):
-            raise ConfigError(f"{where}.options.{key}: expected a power of two >= 16, got {value}")
-    headdim = match.get("headdim", [1, 1 << 20])
-    if not (isinstance(headdim, list) and len(headdim) == 2 and all(isinstance(x, int) for x in headdim)):
-        raise ConfigError(f"{where}.match.headdim: expected [min, max], got {headdim!r}")
-    config = KernelConfig(**options, source=f"{pathlib.PurePath(path).name} triton[{index}]")
-    return _Entry(raw["kernel"], tuple(match.get("dtype", ())), tuple(headdim), match.get("masked"), config)
-
-
-def _read(name: str, override: str | None) -> tuple[str, dict[str, Any]] | None:
-    """Path and contents of ``<name>.json``, the user's folder before the shipped one; None if neither has it."""
-    shipped = importlib.resources.files("flash_rocm._configs")
-    for folder in (pathlib.Path(override) if override else None, shipped):
-        if folder is None:
-            continue
-        path = folder / f"{name}.json"
-        if not path.is_file():
-            continue
-        try:
-            contents = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}: expected JSON, {error}") from error
-        if not isinstance(contents, dict):
-            raise ConfigError(f"{path}: expected an object, got {type(contents).__name__}")
-        return str(path), contents
-    return None
+def _read(name: str, folder: str | None) -> tuple[str, str, Any] | None:
+    """Path, name to show and contents of ``<name>.json``, the user's before the shipped one; None if neither is."""
+    if folder is not None:
+        own = pathlib.Path(folder)
+        if not own.is_dir():
+            raise ConfigError(f"FLASH_ROCM_CONFIG_DIR: expected a folder, got {folder!r}")
+        path = own / f"{name}.json"
+        if path.is_file():
+            try:
+                return str(path), str(path), parse(str(path), path.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{path}: expected a readable file, {error}") from error
+    shipped = importlib.resources.files("flash_rocm._configs") / f"{name}.json"
+    if not shipped.is_file():
+        return None
+    return str(shipped), f"{name}.json", parse(str(shipped), shipped.read_text(encoding="utf-8"))
 
 
 @functools.cache
-def _entries(arch: str, override: str | None) -> tuple[_Entry, ...]:
-    found = _read(arch, override)
+def arch_configs(arch: str, folder: str | None = None) -> ArchConfigs:
+    """What the file that serves an arch says.
+
+    Args:
+        folder: files that replace the shipped ones.
+
+    Raises:
+        ConfigError: a file is wrong.
+    """
+    found = _read(arch, folder)
     if found is None:
         runtime.log_once(f"no kernel configs for {arch}: using generic.json")
-        found = _read("generic", override)
-    if found is None:
-        raise ConfigError("generic.json: expected among the shipped configs, not found: the installation is incomplete")
-    path, contents = found
-    if "inherits" in contents:
-        if not isinstance(contents["inherits"], str) or contents["inherits"] == arch:
-            raise ConfigError(f"{path}: inherits: expected the name of another file, got {contents['inherits']!r}")
-        return _entries(contents["inherits"], override)
-    if not isinstance(contents.get("triton"), list):
-        raise ConfigError(f"{path}: triton: expected a list of entries")
-    return tuple(_checked_entry(path, index, raw) for index, raw in enumerate(contents["triton"]))
+        arch, found = "generic", _read("generic", folder)
+        if found is None:
+            raise ConfigError("generic.json: expected among the configs, not found: the installation is incomplete")
+    chain = [arch]
+    while True:
+        path, shown, raw = found
+        contents = check_file(path, shown, chain[-1], raw)
+        if isinstance(contents, ArchConfigs):
+            return contents
+        found = _read(contents, folder)
+        if found is None or contents in chain:
+            raise ConfigError(
+                f"{path}.inherits: expected an arch whose file exists and does not lead back here, got {contents!r}"
+            )
+        chain.append(contents)
 
 
-def lookup(
-    arch: str, kernel: str, *, dtype: str, headdim: int, masked: bool, config_dir: str | None = None
-) -> KernelConfig:
-    """The first entry of the arch's file that matches.
+@functools.cache
+def _overrides(kernels: str | None, forward: str | None) -> dict[str, tuple[dict[str, int], str]]:
+    """Options by kernel that the variables replace, and the name of the variable."""
+    found: dict[str, tuple[dict[str, int], str]] = {}
+    if forward:
+        raw = parse(_THEIRS, forward)
+        if isinstance(raw, dict) and "PRE_LOAD_V" in raw:
+            runtime.warn_once(f"{_THEIRS}: PRE_LOAD_V has no counterpart in these kernels and changes nothing")
+            raw = {key: value for key, value in raw.items() if key != "PRE_LOAD_V"}
+        found["forward"] = (check_options(_THEIRS, raw, _THEIR_OPTIONS), _THEIRS)
+    if kernels:
+        ours = check_kernel_overrides(_OURS, parse(_OURS, kernels))
+        if forward and "forward" in ours:
+            runtime.warn_once(f"{_OURS} overrides {_THEIRS}")
+        found |= {kernel: (options, _OURS) for kernel, options in ours.items()}
+    return found
+
+
+def lookup(arch: str, kernel: str, facts: Facts, source: ConfigSource | None = None) -> KernelConfig:
+    """The first entry of the arch's file that matches, with the user's overrides.
 
     Args:
         arch: "gfx942", "sm90", ...; without a file of its own it takes ``generic.json``.
-        headdim: the padded head dim, the larger of q's and v's.
-        config_dir: a folder whose files replace the shipped ones.
+        source: :func:`flash_rocm.runtime.config_source`, None for the shipped configs.
 
     Raises:
-        ConfigError: a file is wrong, or no entry matches.
+        ConfigError: a file or variable is wrong, or no entry matches.
     """
-    for entry in _entries(arch, config_dir):
-        if entry.matches(kernel, dtype, headdim, masked):
-            return entry.config
-    raise ConfigError(
-        f"{arch}.json: expected an entry that matches kernel={kernel} dtype={dtype} headdim={headdim} masked={masked}"
-    )
+    folder, kernels, forward = source or _SHIPPED
+    contents = arch_configs(arch, folder)
+    for entry in contents.triton:
+        if entry.kernel == kernel and entry.match.matches(facts):
+            options, variable = _overrides(kernels, forward).get(kernel, ({}, ""))
+            return entry.config.overridden(options, variable) if options else entry.config
+    raise ConfigError(f"{contents.arch}.json: expected an entry that matches kernel={kernel} {facts}")

@@ -11,9 +11,11 @@ import dataclasses
 import functools
 import logging
 import os
+import pathlib
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -50,7 +52,7 @@ def environment_request() -> str:
                 f"FLASH_ROCM_BACKEND: expected one of {', '.join(REQUESTS)}, got {ours!r}. Hint: unset it for 'auto'."
             )
         if theirs == b"TRUE" and request != "triton":
-            _warn_once(
+            warn_once(
                 f"FLASH_ROCM_BACKEND={request} overrides FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE (which asks for triton)"
             )
         return request
@@ -94,10 +96,45 @@ def use_backend(name: str) -> Iterator[None]:
         _override = before
 
 
-def config_dir() -> str | None:
-    """``FLASH_ROCM_CONFIG_DIR``: a folder of kernel configs that replaces the shipped one, file by file."""
-    raw = _variables.get(b"FLASH_ROCM_CONFIG_DIR")
-    return os.fsdecode(raw) if raw else None
+class ConfigSource(NamedTuple):
+    """What the user's variables say of kernel configs, unread; None where a variable is not set."""
+
+    folder: str | None = None  # FLASH_ROCM_CONFIG_DIR, whose files replace the shipped ones one by one
+    kernels: str | None = None  # FLASH_ROCM_KERNEL_CONFIG, inline JSON
+    forward: str | None = None  # FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON, inline JSON
+
+
+def config_source() -> ConfigSource | None:
+    """Where kernel configs come from besides the shipped files; None, as nearly always, if from nowhere else.
+
+    Part of the key of every launch, so it looks before it reads.
+    """
+    if (
+        b"FLASH_ROCM_CONFIG_DIR" in _variables
+        or b"FLASH_ROCM_KERNEL_CONFIG" in _variables
+        or b"FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON" in _variables
+    ):
+        values = (
+            _variables.get(b"FLASH_ROCM_CONFIG_DIR"),
+            _variables.get(b"FLASH_ROCM_KERNEL_CONFIG"),
+            _variables.get(b"FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON"),
+        )
+        return ConfigSource(*(os.fsdecode(value) if value else None for value in values))
+    return None
+
+
+def cache_dir() -> pathlib.Path:
+    """``FLASH_ROCM_CACHE_DIR``: what is kept between runs; default: ``flash_rocm`` in the user's cache folder."""
+    own = os.environ.get("FLASH_ROCM_CACHE_DIR")
+    if own:
+        return pathlib.Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(shared) if shared else pathlib.Path.home() / ".cache") / "flash_rocm"
+
+
+def rocm_home() -> str:
+    """``ROCM_HOME``: where ROCm is installed."""
+    return os.environ.get("ROCM_HOME") or "/opt/rocm"
 
 
 def triton_interpret() -> bool:
@@ -108,20 +145,22 @@ def triton_interpret() -> bool:
 #: Variables that this version reads.
 _VARIABLES = (
     "FLASH_ROCM_BACKEND",
+    "FLASH_ROCM_CACHE_DIR",
     "FLASH_ROCM_CONFIG_DIR",
+    "FLASH_ROCM_KERNEL_CONFIG",
     "FLASH_ROCM_LOG",
     "FLASH_ATTENTION_TRITON_AMD_ENABLE",
+    "FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON",
+    "ROCM_HOME",
     "TRITON_INTERPRET",
+    "XDG_CACHE_HOME",
 )
 #: Variables that belong to the project, or that ROCm users know, and that this version does not act on.
 _UNUSED_VARIABLES = (
     "FLASH_ROCM_AUTOTUNE",
-    "FLASH_ROCM_KERNEL_CONFIG",
-    "FLASH_ROCM_CACHE_DIR",
     "FLASH_ROCM_VIRTUAL_GPU",
     "FLASH_ROCM_DEBUG",
     "FLASH_ATTENTION_TRITON_AMD_AUTOTUNE",
-    "FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON",
 )
 #: Variables of the driver and of torch that decide which devices are seen.
 _DEVICE_VARIABLES = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION")
@@ -132,7 +171,7 @@ def warn_of_unused_variables() -> None:
     names = [name for name in _UNUSED_VARIABLES if os.environ.get(name)]
     if names:
         pronoun = "it" if len(names) == 1 else "them"
-        _warn_once(f"{', '.join(names)}: set, but this version of flash_rocm does not read {pronoun} yet")
+        warn_once(f"{', '.join(names)}: set, but this version of flash_rocm does not read {pronoun} yet")
 
 
 def environment_report() -> list[tuple[str, str, str]]:
@@ -175,7 +214,8 @@ def configure_logging() -> None:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """A warning, however often the same thing happens."""
     warnings.warn(message, stacklevel=4)
 
 

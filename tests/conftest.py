@@ -11,6 +11,8 @@ import pytest
 import torch
 from calls import device, fresh_dynamo, received  # noqa: F401, fixtures of several files
 
+from flash_rocm import runtime
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _CASE = "attention_case"
 
@@ -35,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the developer has set does not decide which back end a test takes."""
-    for name in ("FLASH_ROCM_BACKEND", "FLASH_ROCM_CONFIG_DIR", "FLASH_ATTENTION_TRITON_AMD_ENABLE"):
+    for name in set(runtime._VARIABLES) - {"TRITON_INTERPRET"}:
         monkeypatch.delenv(name, raising=False)
 
 

@@ -85,6 +85,33 @@ def test_explain_on_a_chip_that_is_not_here(
     assert "config forward: " in out and "gfx942.json" in out
 
 
+def test_explain_shows_where_a_config_comes_from(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_installation_reasons", lambda name: [] if name == "triton" else ["not built"])
+    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"backward_dq": {"BLOCK_M": 16}}')
+    backends._decide.cache_clear()
+    _, out, _ = run(capsys, "explain", "--arch", "gfx1201", "--backward", "--dtype", "fp16")
+    backends._decide.cache_clear()
+    lines = {line.split(":")[0].split()[-1]: line for line in out.splitlines() if line.startswith("  config")}
+    assert set(lines) == {"forward", "backward_dq", "backward_dkdv"}
+    assert "(gfx1201.json triton[" in lines["forward"]
+    assert "BLOCK_M=16 " in lines["backward_dq"]
+    assert "(FLASH_ROCM_KERNEL_CONFIG over gfx1201.json triton[" in lines["backward_dq"]
+
+
+def test_explain_with_a_wrong_config_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_installation_reasons", lambda name: [] if name == "triton" else ["not built"])
+    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"forward": {"BLOCK_M": 17}}')
+    backends._decide.cache_clear()
+    status, _, err = run(capsys, "explain", "--arch", "gfx942")
+    backends._decide.cache_clear()
+    assert status == 2
+    assert err.startswith("flash-rocm explain: FLASH_ROCM_KERNEL_CONFIG.forward.BLOCK_M: expected one of 16")
+
+
 WRONG = {
     "nothing": ([], "COMMAND"),
     "unknown command": (["tell"], "tell"),
@@ -117,7 +144,7 @@ def test_explain_with_a_wrong_environment(capsys: pytest.CaptureFixture[str], mo
     assert err.startswith("flash-rocm explain: FLASH_ROCM_BACKEND: expected one of")
 
 
-@pytest.mark.parametrize("command", ["demo", "bench", "explain", "info"])
+@pytest.mark.parametrize("command", ["demo", "bench", "explain", "info", "inspect"])
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])

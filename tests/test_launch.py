@@ -10,11 +10,11 @@ import matrix
 import pytest
 import torch
 
-from flash_rocm import backends, ops, runtime
+from flash_rocm import backends, config, ops, runtime
 from flash_rocm.problem import AttentionProblem
 from flash_rocm.testing import Case, assert_attention_close, make_inputs, make_problem
 
-pytest.importorskip("triton", reason="the launcher imports Triton")
+triton = pytest.importorskip("triton", reason="the launcher imports Triton")
 
 from flash_rocm._triton import launch  # noqa: E402
 from flash_rocm._triton.plan import plan  # noqa: E402
@@ -55,7 +55,7 @@ def test_calls_of_one_key_launch_alike(launches: list[tuple[Any, ...]]) -> None:
     assert len(seen) == 4
 
 
-@pytest.mark.parametrize("change", ["layout", "alignment", "problem", "slopes", "configs"])
+@pytest.mark.parametrize("change", ["layout", "alignment", "problem", "slopes", "configs", "variable"])
 def test_what_changes_a_launch_changes_the_key(
     change: str, launches: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,18 +72,39 @@ def test_what_changes_a_launch_changes_the_key(
         problem = make_problem(**fields, window_right=0)
     elif change == "slopes":
         case = make_inputs(problem, alibi_per_batch=True)
+    elif change == "variable":
+        everything = {"BLOCK_M": 16, "BLOCK_N": 16}
+        names = ("forward", "backward_dq", "backward_dkdv", "probs")
+        monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", json.dumps(dict.fromkeys(names, everything)))
     else:
-        entry = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+        options = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
         entries = [
-            {"kernel": kernel, "options": entry} for kernel in ("forward", "backward_dq", "backward_dkdv", "probs")
+            {"kernel": kernel, "options": options, "provenance": {"how": "first choice"}}
+            for kernel in ("forward", "backward_dq", "backward_dkdv", "probs")
         ]
-        (tmp_path / "cpu.json").write_text(json.dumps({"triton": entries}))
+        (tmp_path / "cpu.json").write_text(json.dumps({"arch": "cpu", "triton": entries}))
         monkeypatch.setenv("FLASH_ROCM_CONFIG_DIR", str(tmp_path))
     _all_kernels(problem, case)
     first, second = launches[:4], launches[4:]
     assert all(a[1] != b[1] for a, b in zip(first, second, strict=True))
-    if change == "configs":
+    if change in ("configs", "variable"):
         assert [call[2][2]["BLOCK_M"] for call in second] == [16] * 4
+
+
+def test_more_lds_than_the_chip_has_names_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TooLarge:
+        arg_names = launch.KERNELS["forward"].kernel.arg_names
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def refuse(*args: Any, **kwargs: Any) -> None:
+                raise triton.OutOfResources(99999, 65536, "shared memory")
+
+            return refuse
+
+    monkeypatch.setattr(launch.KERNELS["forward"], "kernel", TooLarge())
+    problem = make_problem(headdim=16)
+    with pytest.raises(config.ConfigError, match=r"cpu.json triton\[0\].*Required: 99999, Hardware limit: 65536"):
+        launch.forward(problem, make_inputs(problem).inputs)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGES = {"flash_rocm": "flash_rocm", "triton_backend": "flash_rocm._triton", "ck_backend": "flash_rocm._ck"}
 BACKENDS = ("flash_rocm._triton", "flash_rocm._ck", "flash_rocm.reference")
 
-LEAVES = frozenset(f"flash_rocm.{name}" for name in ("problem", "runtime", "config", "validation"))
+LEAVES = frozenset(
+    f"flash_rocm.{name}"
+    for name in ("problem", "runtime", "config", "config_schema", "validation", "amdgpu.assembly", "amdgpu.chips")
+)
 #: What a module may import of flash_rocm; a module that is not named here is outside (cli, demo, ...).
 ALLOWED = {
     **dict.fromkeys(LEAVES, LEAVES),

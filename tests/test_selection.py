@@ -36,10 +36,10 @@ SM90 = runtime.nvidia_arch((9, 0), 132)
 @pytest.fixture(autouse=True)
 def _fresh_decisions() -> Iterator[None]:
     backends._decide.cache_clear()
-    runtime._warn_once.cache_clear()
+    runtime.warn_once.cache_clear()
     yield
     backends._decide.cache_clear()
-    runtime._warn_once.cache_clear()
+    runtime.warn_once.cache_clear()
 
 
 def pretend_built(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

@@ -10,6 +10,7 @@ import torch
 import triton
 
 from flash_rocm import runtime
+from flash_rocm.config_schema import ConfigError
 from flash_rocm.problem import AttentionInputs, AttentionProblem, lse_shape
 
 from .backward_kernels import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel
@@ -101,7 +102,12 @@ class Launcher:
         device = tensors[0].device  # type: ignore[union-attr]
         # Triton launches on the current device, which need not be that of the tensors.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            compiled = self.kernel[(programs,)](*tensors, *lse_strides, *tail, **current.options)
+            try:
+                compiled = self.kernel[(programs,)](*tensors, *lse_strides, *tail, **current.options)
+            except triton.OutOfResources as error:
+                raise ConfigError(
+                    f"{current.config.describe()}: expected a kernel that fits the chip, {error}"
+                ) from error
         if not INTERPRET.value:
             if len(self._known) >= _KNOWN_MAX:
                 self._known.clear()
@@ -221,7 +227,7 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
     pointers, facts = _pointers(tensors)
     lse_strides = _lse_strides(lse)
     index = q.get_device()
-    configs = runtime.config_dir()
+    configs = runtime.config_source()
     key = (problem, q.stride(), k.stride(), v.stride(), slopes is None or slopes.stride(), index, facts, configs)
     launcher = KERNELS["forward"]
     if launcher.launch_known(key, index, [*pointers, *lse_strides]):
@@ -265,7 +271,7 @@ def backward(
     dq_tensors = (q, k, v, out, dout, softmax_lse, dlse, delta, dq, *optional)
     dkdv_tensors = (q, k, v, dout, softmax_lse, delta, dk, dv, *optional)
     index = q.get_device()
-    configs = runtime.config_dir()
+    configs = runtime.config_source()
     lse_strides = _lse_strides(softmax_lse)
     dq_pointers, dq_facts = _pointers(dq_tensors)
     dkdv_pointers, dkdv_facts = _pointers(dkdv_tensors)
@@ -312,7 +318,7 @@ def probs(problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch
     """S_dmask (batch, nheads, seqlen_q, seqlen_k); see :class:`flash_rocm.backends.Backend`."""
     q, k, _, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, _ = inputs
     softmax_lse = softmax_lse.contiguous()
-    configs = runtime.config_dir()
+    configs = runtime.config_source()
     current = plan("probs", problem, runtime.arch_of(q.device), configs)
     result = q.new_zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
     strides = (_strides(q), _strides(k))

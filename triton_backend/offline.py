@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
+import subprocess
+import tempfile
 from typing import Any
 
 import torch
@@ -10,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flash_rocm.problem import AttentionProblem
-from flash_rocm.runtime import Arch
+from flash_rocm.runtime import Arch, ConfigSource
 
 from .launch import KERNELS
 from .plan import plan
@@ -45,7 +49,13 @@ def target_of(arch: Arch) -> GPUTarget:
 
 
 def compile_kernel(
-    kernel: str, problem: AttentionProblem, arch: Arch, *, has_dlse: bool = False, wide: bool = False
+    kernel: str,
+    problem: AttentionProblem,
+    arch: Arch,
+    *,
+    has_dlse: bool = False,
+    wide: bool = False,
+    source: ConfigSource | None = None,
 ) -> Any:
     """Compile one kernel of a problem as a launch would whose addresses and strides divide by 16 bytes.
 
@@ -53,12 +63,13 @@ def compile_kernel(
         kernel: a key of :data:`flash_rocm._triton.launch.KERNELS`.
         has_dlse: with a gradient through softmax_lse.
         wide: with 64-bit offsets inside a tile.
+        source: :func:`flash_rocm.runtime.config_source`, the user's own configs.
 
     Returns:
         Triton's compiled kernel: ``asm`` ("amdgcn", "hsaco", "ptx", ...) and ``metadata``.
     """
     function = KERNELS[kernel].kernel
-    current = plan(kernel, problem, arch)
+    current = plan(kernel, problem, arch, source)
     vec = 16 // problem.dtype.itemsize
     constants = {**current.constants, "VEC": vec, "WIDE": wide, "HAS_DLSE": has_dlse}
     signature: dict[str, str] = {}
@@ -81,3 +92,33 @@ def compile_kernel(
                 attrs[(index,)].append(["tt.pointer_range", 32])
     source = ASTSource(function, signature, constexprs, attrs)
     return triton.compile(source, target=target_of(arch), options=dict(current.options))
+
+
+def listing(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None) -> tuple[str, int]:
+    """What ``inspect`` reads of a kernel: text and bytes of LDS (shared memory on NVIDIA).
+
+    The text is AMD assembly with the comments that LLVM puts into it or, on NVIDIA, what ptxas tells of its
+    registers.
+    """
+    compiled = compile_kernel(kernel, problem, arch, source=source)
+    if arch.vendor == "amd":
+        return compiled.asm["amdgcn"], compiled.metadata.shared
+    return _ptxas_report(compiled.asm["ptx"], int(arch.name.removeprefix("sm"))), compiled.metadata.shared
+
+
+def _ptxas_report(ptx: str, capability: int) -> str:
+    # Builds of Triton for ROCm may come without this part.
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    if target is None:
+        raise RuntimeError("expected PTX with a .target, found none")
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target.group(1)}", str(path)]
+        command += ["-o", str(path.with_suffix(".cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"ptxas failed with status {done.returncode}: {done.stderr.strip()}")
+        return done.stderr

@@ -8,9 +8,9 @@ import math
 from typing import Any
 
 from flash_rocm import config, runtime
-from flash_rocm.config import KernelConfig
+from flash_rocm.config_schema import Facts, KernelConfig
 from flash_rocm.problem import AttentionProblem, dropout_threshold
-from flash_rocm.runtime import Arch
+from flash_rocm.runtime import Arch, ConfigSource
 
 LOG2E = math.log2(math.e)
 #: tl.dot needs at least 16 in every dim.
@@ -27,16 +27,24 @@ def is_masked(problem: AttentionProblem) -> bool:
     return problem.window_left >= 0 or problem.window_right >= 0
 
 
-def kernel_config(kernel: str, problem: AttentionProblem, arch: Arch, config_dir: str | None = None) -> KernelConfig:
-    """The config entry one kernel of this problem takes on this arch."""
-    return config.lookup(
-        arch.name,
-        kernel,
+def facts_of(problem: AttentionProblem) -> Facts:
+    """What config entries match on."""
+    longest = max(problem.seqlen_q, problem.seqlen_k, 1)
+    return Facts(
         dtype=str(problem.dtype).removeprefix("torch."),
         headdim=max(block_d(problem.headdim), block_d(problem.headdim_v)),
+        seqlen=1 << (longest - 1).bit_length(),
+        causal=problem.causal,
         masked=is_masked(problem),
-        config_dir=config_dir,
+        varlen=problem.varlen,
     )
+
+
+def kernel_config(
+    kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None = None
+) -> KernelConfig:
+    """The config entry one kernel of this problem takes on this arch."""
+    return config.lookup(arch.name, kernel, facts_of(problem), source)
 
 
 def kernels_of(problem: AttentionProblem) -> tuple[str, ...]:
@@ -46,8 +54,8 @@ def kernels_of(problem: AttentionProblem) -> tuple[str, ...]:
 
 def describe_configs(problem: AttentionProblem, arch: Arch) -> list[str]:
     """One line per kernel for ``explain``."""
-    folder = runtime.config_dir()
-    found = ((kernel, kernel_config(kernel, problem, arch, folder)) for kernel in kernels_of(problem))
+    source = runtime.config_source()
+    found = ((kernel, kernel_config(kernel, problem, arch, source)) for kernel in kernels_of(problem))
     return [f"{kernel}: {entry.describe()}" for kernel, entry in found]
 
 
@@ -72,13 +80,13 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(kernel: str, problem: AttentionProblem, arch: Arch, config_dir: str | None = None) -> Plan:
+def plan(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None = None) -> Plan:
     """Constants, options and run-time scalars of one kernel for one problem.
 
     Args:
-        config_dir: :func:`flash_rocm.runtime.config_dir`, the user's folder of configs.
+        source: :func:`flash_rocm.runtime.config_source`, the user's own configs.
     """
-    entry = kernel_config(kernel, problem, arch, config_dir)
+    entry = kernel_config(kernel, problem, arch, source)
     softcap, scale = problem.softcap, problem.softmax_scale
     constants: dict[str, Any] = {
         "HEADDIM": problem.headdim,

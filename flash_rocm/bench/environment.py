@@ -37,7 +37,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "arch": arch.name,
         "compute_units": arch.num_cus,
         "backend_request": runtime.requested_backend(),
-        "own_configs": runtime.config_dir() is not None,
+        "own_configs": runtime.config_source() is not None,
         "triton_interpret": runtime.triton_interpret(),
     }
     facts.update({name: _version(candidates) for name, candidates in _DISTRIBUTIONS.items()})

@@ -1,0 +1,330 @@
+"""What a kernel config may say: its dataclasses and every check.  A leaf that reads no file.
+
+``configs/schema.json`` documents the same for editors; a test holds the two equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+KERNELS = ("forward", "backward_dq", "backward_dkdv", "probs")
+DTYPES = ("float16", "bfloat16", "float32")
+#: Each option and the values it may have.  Those of AMD's compiler take 0 for the compiler's default.
+OPTIONS: dict[str, tuple[int, ...]] = {
+    "BLOCK_M": (16, 32, 64, 128, 256, 512),
+    "BLOCK_N": (16, 32, 64, 128, 256, 512),
+    "num_warps": (1, 2, 4, 8, 16),
+    "num_stages": (1, 2, 3, 4, 5, 6),
+    "waves_per_eu": tuple(range(17)),
+    "matrix_instr_nonkdim": (0, 16, 32),
+    "kpack": (0, 1, 2),
+}
+REQUIRED_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+AMD_OPTIONS = ("waves_per_eu", "matrix_instr_nonkdim", "kpack")
+RANGES = ("headdim", "seqlen")
+FLAGS = ("causal", "masked", "varlen")
+MATCH_KEYS = ("dtype", *RANGES, *FLAGS)
+#: Smallest value of each limit; "R" may have a fraction.
+LIMITS = {"vgpr_spills": 0, "loop_scratch": 0, "waves_per_simd": 1, "R": 0}
+HOW = ("measured", "static model", "inherited", "first choice")
+PROVENANCE_KEYS = ("how", "date", "compiler", "note")
+ENTRY_KEYS = ("kernel", "match", "options", "limits", "provenance")
+FILE_KEYS = ("arch", "inherits", "triton", "ck")
+CK_KERNELS = ("forward", "backward")
+CK_PIPELINES = ("qr", "qr_async")
+CK_KEYS = ("kernel", "match", "tile", "warps", "pipeline", "occupancy", "provenance")
+_UNLIMITED = 1 << 30
+
+
+class ConfigError(ValueError):
+    """A config is wrong; the text names file or variable, entry, key, what was expected and what it got."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What entries match on.
+
+    ``headdim`` is the padded one (a power of two, the larger of q's and v's), ``seqlen`` the longer side
+    rounded up to a power of two; ``masked``: a causal or a window mask applies.
+    """
+
+    dtype: str
+    headdim: int
+    seqlen: int
+    causal: bool
+    masked: bool
+    varlen: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """Rule of an entry; None and the empty tuple match anything."""
+
+    dtype: tuple[str, ...] = ()
+    headdim: tuple[int, int] = (1, _UNLIMITED)
+    seqlen: tuple[int, int] = (1, _UNLIMITED)
+    causal: bool | None = None
+    masked: bool | None = None
+    varlen: bool | None = None
+
+    def matches(self, facts: Facts) -> bool:
+        return (
+            (not self.dtype or facts.dtype in self.dtype)
+            and all(low <= getattr(facts, name) <= high for name in RANGES for low, high in [getattr(self, name)])
+            and all(getattr(self, name) in (None, getattr(facts, name)) for name in FLAGS)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What ``flash-rocm inspect --check`` holds an entry to."""
+
+    vgpr_spills: int = 0  # registers the compiler may spill
+    loop_scratch: int = 0  # scratch instructions inside loops
+    waves_per_simd: int = 1  # at least
+    R: float | None = None  # at most, in the loop over full blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where the values of an entry come from."""
+
+    how: str
+    date: str = ""
+    compiler: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        return ", ".join(text for text in (self.how, self.date, self.compiler, self.note) if text)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelConfig:
+    """Tuning of one Triton kernel.  Block sizes in rows and columns of the score matrix.
+
+    waves_per_eu, matrix_instr_nonkdim and kpack are AMD's compiler options, 0 for its default.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    waves_per_eu: int = 0
+    matrix_instr_nonkdim: int = 0
+    kpack: int = 0
+    limits: Limits = dataclasses.field(default=Limits(), compare=False)
+    provenance: Provenance = dataclasses.field(default=Provenance("first choice"), compare=False)
+    source: str = dataclasses.field(default="", compare=False)
+
+    def compile_options(self, vendor: str) -> dict[str, int]:
+        """Options of the compiler for one vendor."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if vendor == "amd":
+            options |= {name: getattr(self, name) for name in AMD_OPTIONS if getattr(self, name)}
+        return options
+
+    def options(self) -> dict[str, int]:
+        """Every option by name."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    def overridden(self, options: Mapping[str, int], source: str) -> KernelConfig:
+        """The same with some options replaced, as the source of which the text stands."""
+        return dataclasses.replace(self, **options, source=f"{source} over {self.source}")  # type: ignore[arg-type]
+
+    def describe(self) -> str:
+        """Values and where they come from, on one line."""
+        values = " ".join(f"{name}={value}" for name, value in self.options().items())
+        return f"{values} ({self.source}; {self.provenance})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One entry of a file's ``triton`` section."""
+
+    kernel: str
+    match: Match
+    config: KernelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CkConfig:
+    """One entry of a file's ``ck`` section: an instance of a Composable Kernel pipeline.
+
+    ``tile`` as CK's generator orders it: M0, N0, K0, N1, K1 and the padded head dim of forward, nine numbers
+    of backward.  ``warps`` in M, N, K; ``occupancy`` in workgroups per compute unit, 0 for CK's choice.
+    """
+
+    kernel: str
+    match: Match
+    tile: tuple[int, ...]
+    warps: tuple[int, int, int]
+    pipeline: str
+    occupancy: int
+    provenance: Provenance
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ArchConfigs:
+    """The contents of one file."""
+
+    arch: str
+    triton: tuple[Entry, ...]
+    ck: tuple[CkConfig, ...]
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks.  ``where`` is the file or variable with the way to the value.
+
+
+def check_object(where: str, raw: Any, allowed: Iterable[str], required: Iterable[str] = ()) -> dict[str, Any]:
+    """``raw`` as an object with none but the allowed keys, and the required ones."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: expected an object, got {raw!r}")
+    for key in raw:
+        if key not in allowed:
+            raise ConfigError(f"{where}.{key}: expected one of the keys {', '.join(allowed)}")
+    for key in required:
+        if key not in raw:
+            raise ConfigError(f"{where}.{key}: expected a value, got none")
+    return raw
+
+
+def _check_choice(where: str, raw: Any, choices: tuple[Any, ...]) -> Any:
+    # True is an int that equals 1.
+    if isinstance(raw, bool) or raw not in choices:
+        raise ConfigError(f"{where}: expected one of {', '.join(map(str, choices))}, got {raw!r}")
+    return raw
+
+
+def _check_integer(where: str, raw: Any, minimum: int) -> int:
+    if not isinstance(raw, int) or isinstance(raw, bool) or raw < minimum:
+        raise ConfigError(f"{where}: expected a whole number >= {minimum}, got {raw!r}")
+    return raw
+
+
+def check_options(where: str, raw: Any, allowed: Iterable[str] = tuple(OPTIONS)) -> dict[str, int]:
+    """Options of a kernel, all of them optional."""
+    options = check_object(where, raw, allowed)
+    return {key: _check_choice(f"{where}.{key}", value, OPTIONS[key]) for key, value in options.items()}
+
+
+def check_kernel_overrides(where: str, raw: Any) -> dict[str, dict[str, int]]:
+    """``{"forward": {"BLOCK_M": 64}, ...}``, for one kernel or several."""
+    kernels = check_object(where, raw, KERNELS)
+    return {kernel: check_options(f"{where}.{kernel}", options) for kernel, options in kernels.items()}
+
+
+def _check_match(where: str, raw: Any) -> Match:
+    rules = check_object(where, raw, MATCH_KEYS)
+    dtypes = rules.get("dtype", [])
+    if not isinstance(dtypes, list) or ("dtype" in rules and not dtypes):
+        raise ConfigError(f"{where}.dtype: expected a list of {', '.join(DTYPES)}, got {dtypes!r}")
+    values: dict[str, Any] = {"dtype": tuple(_check_choice(f"{where}.dtype", dtype, DTYPES) for dtype in dtypes)}
+    for key in (key for key in RANGES if key in rules):
+        pair = rules[key]
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ConfigError(f"{where}.{key}: expected [min, max], got {pair!r}")
+        low, high = (_check_integer(f"{where}.{key}[{index}]", value, 1) for index, value in enumerate(pair))
+        if low > high:
+            raise ConfigError(f"{where}.{key}: expected [min, max] with min <= max, got {pair!r}")
+        values[key] = (low, high)
+    for key in (key for key in FLAGS if key in rules):
+        if not isinstance(rules[key], bool):
+            raise ConfigError(f"{where}.{key}: expected true or false, got {rules[key]!r}")
+        values[key] = rules[key]
+    return Match(**values)
+
+
+def _check_limits(where: str, raw: Any) -> Limits:
+    limits = check_object(where, raw, LIMITS)
+    for key, value in limits.items():
+        if key != "R":
+            _check_integer(f"{where}.{key}", value, LIMITS[key])
+        elif not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            raise ConfigError(f"{where}.R: expected a number > 0, got {value!r}")
+    return Limits(**limits)
+
+
+def _check_provenance(where: str, raw: Any) -> Provenance:
+    facts = check_object(where, raw, PROVENANCE_KEYS, ("how",))
+    _check_choice(f"{where}.how", facts["how"], HOW)
+    for key, value in facts.items():
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"{where}.{key}: expected a text, got {value!r}")
+    if "date" in facts and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", facts["date"]):
+        raise ConfigError(f"{where}.date: expected YYYY-MM-DD, got {facts['date']!r}")
+    if facts["how"] == "measured":
+        check_object(where, raw, PROVENANCE_KEYS, ("date", "compiler"))
+    return Provenance(**facts)
+
+
+def _check_entry(where: str, source: str, raw: Any) -> Entry:
+    entry = check_object(where, raw, ENTRY_KEYS, ("kernel", "options", "provenance"))
+    kernel = _check_choice(f"{where}.kernel", entry["kernel"], KERNELS)
+    options = check_options(f"{where}.options", entry["options"])
+    check_object(f"{where}.options", options, OPTIONS, REQUIRED_OPTIONS)
+    config = KernelConfig(
+        **options,  # type: ignore[arg-type]
+        limits=_check_limits(f"{where}.limits", entry.get("limits", {})),
+        provenance=_check_provenance(f"{where}.provenance", entry["provenance"]),
+        source=source,
+    )
+    return Entry(kernel, _check_match(f"{where}.match", entry.get("match", {})), config)
+
+
+def _check_numbers(where: str, raw: Any, count: int) -> tuple[int, ...]:
+    if not isinstance(raw, list) or len(raw) != count:
+        raise ConfigError(f"{where}: expected a list of {count} numbers, got {raw!r}")
+    return tuple(_check_integer(f"{where}[{index}]", value, 1) for index, value in enumerate(raw))
+
+
+def _check_ck_entry(where: str, source: str, raw: Any) -> CkConfig:
+    entry = check_object(where, raw, CK_KEYS, [key for key in CK_KEYS if key != "match"])
+    kernel = _check_choice(f"{where}.kernel", entry["kernel"], CK_KERNELS)
+    return CkConfig(
+        kernel=kernel,
+        match=_check_match(f"{where}.match", entry.get("match", {})),
+        tile=_check_numbers(f"{where}.tile", entry["tile"], 6 if kernel == "forward" else 9),
+        warps=_check_numbers(f"{where}.warps", entry["warps"], 3),  # type: ignore[arg-type]
+        pipeline=_check_choice(f"{where}.pipeline", entry["pipeline"], CK_PIPELINES),
+        occupancy=_check_integer(f"{where}.occupancy", entry["occupancy"], 0),
+        provenance=_check_provenance(f"{where}.provenance", entry["provenance"]),
+        source=source,
+    )
+
+
+def check_file(path: str, shown: str, arch: str, raw: Any) -> ArchConfigs | str:
+    """The contents of a file, or the name of the arch whose file it inherits.
+
+    Args:
+        path: for errors.
+        shown: how ``explain`` names the file.
+        arch: the file's name without suffix, which it must repeat: a renamed copy is noticed.
+    """
+    contents = check_object(path, raw, FILE_KEYS, ("arch",))
+    if contents["arch"] != arch:
+        raise ConfigError(f"{path}.arch: expected {arch!r}, the file's name, got {contents['arch']!r}")
+    if "inherits" in contents:
+        check_object(path, raw, ("arch", "inherits"))
+        if not isinstance(contents["inherits"], str):
+            raise ConfigError(f"{path}.inherits: expected the name of an arch, got {contents['inherits']!r}")
+        return contents["inherits"]
+    check_object(path, raw, FILE_KEYS, ("triton",))
+    for section in ("triton", "ck"):
+        if not isinstance(contents.get(section, []), list):
+            raise ConfigError(f"{path}.{section}: expected a list of entries, got {contents[section]!r}")
+    return ArchConfigs(
+        arch,
+        tuple(
+            _check_entry(f"{path}: triton[{index}]", f"{shown} triton[{index}]", entry)
+            for index, entry in enumerate(contents["triton"])
+        ),
+        tuple(
+            _check_ck_entry(f"{path}: ck[{index}]", f"{shown} ck[{index}]", entry)
+            for index, entry in enumerate(contents.get("ck", []))
+        ),
+    )

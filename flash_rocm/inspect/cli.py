@@ -1,0 +1,120 @@
+"""``flash-rocm inspect``: what the kernels compile to, for chips that are not here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+
+from flash_rocm import runtime
+from flash_rocm.config_schema import KERNELS, ConfigError
+
+from .batch import inspect_cases
+from .counts import InspectError
+from .judge import differences, violations
+from .kernels import AMD_ARCHS, DTYPES, HEADDIMS, MASKS, NVIDIA_ARCHS, SHIPPED_KERNELS, check_case
+from .objects import inspect_object
+from .report import Case, Report
+from .tables import as_json, as_table, read_json
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _archs(text: str) -> list[str]:
+    groups = {"all": AMD_ARCHS + NVIDIA_ARCHS, "amd": AMD_ARCHS}
+    return [arch for name in _names(text) for arch in groups.get(name, (name,))]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(name) for name in _names(text)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r}") from error
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {text!r}")
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command; every list takes commas."""
+    add = parser.add_argument
+    add(
+        "--arch",
+        type=_archs,
+        required=True,
+        metavar="ARCH",
+        help=f"gfx942 and the like, amd ({', '.join(AMD_ARCHS)}) or all",
+    )
+    add(
+        "--kernel",
+        type=_names,
+        metavar="KERNEL",
+        help=f"of {', '.join(KERNELS)}; default: {', '.join(SHIPPED_KERNELS)}",
+    )
+    add("--dtype", type=_names, default=list(DTYPES), metavar="DTYPE", help=f"of {', '.join(DTYPES)}; default: all")
+    add("--headdim", type=_numbers, metavar="D", help=f"default: {', '.join(map(str, HEADDIMS))}")
+    add("--mask", type=_names, default=list(MASKS), metavar="MASK", help=f"of {', '.join(MASKS)}; default: both")
+    add("--format", choices=("table", "json"), default="table", help="default: %(default)s")
+    add("--output", type=pathlib.Path, metavar="FILE", help="write there instead of to the terminal")
+    add("--diff", type=pathlib.Path, metavar="OLD.json", help="print what changed since a run with --format json")
+    add("--check", action="store_true", help="exit with 1 if a kernel breaks the limits of its config entry")
+    add("--object", type=pathlib.Path, metavar="FILE.co", help="inspect this code object instead of our kernels")
+    add("--jobs", type=_jobs, default=os.cpu_count() or 1, help="compiler processes; default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Inspect and print; 1 if a check or a compilation failed, 2 for wrong arguments."""
+    try:
+        old = read_json(args.diff) if args.diff else None
+        reports, failures = _object_reports(args) if args.object else _kernel_reports(args)
+        text = as_json(reports) if args.format == "json" else as_table(reports)
+        _write(text, args.output)
+    except (InspectError, ConfigError) as error:
+        print(f"flash-rocm inspect: {error}", file=sys.stderr)
+        return 2
+    if old is not None:
+        lines = list(differences(old, reports))
+        print("\n".join(lines) or "no difference", file=sys.stderr if args.format == "json" else sys.stdout)
+    broken = [f"check: {line}" for line in violations(reports)] if args.check else []
+    for line in (*failures, *broken):
+        print(line, file=sys.stderr)
+    return 1 if failures or broken else 0
+
+
+def _write(text: str, output: pathlib.Path | None) -> None:
+    if output is None:
+        print(text)
+        return
+    try:
+        output.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InspectError(f"--output: expected a file to write to, {error}") from error
+
+
+def _kernel_reports(args: argparse.Namespace) -> tuple[list[Report], list[str]]:
+    cases = [
+        Case(arch, kernel, dtype, headdim, mask)
+        for arch in args.arch
+        for kernel in args.kernel or SHIPPED_KERNELS
+        for dtype in args.dtype
+        for headdim in args.headdim or HEADDIMS
+        for mask in args.mask
+    ]
+    cases = list(dict.fromkeys(cases))
+    for case in cases:
+        check_case(case)
+    return inspect_cases(cases, runtime.config_source(), args.jobs)
+
+
+def _object_reports(args: argparse.Namespace) -> tuple[list[Report], list[str]]:
+    kernels, headdims = args.kernel or ["forward"], args.headdim or [0]
+    for name, values in (("--arch", args.arch), ("--kernel", kernels), ("--headdim", headdims)):
+        if len(values) != 1:
+            raise InspectError(f"{name}: expected one value beside --object, got {', '.join(map(str, values))}")
+    return inspect_object(args.object, args.arch[0], kernels[0], headdims[0]), []
