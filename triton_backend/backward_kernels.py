@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .common import (
     LOG2E,
+    between,
     dot,
     dropout_keep,
     key_ranges,
@@ -23,7 +24,7 @@ from .common import (
     store_tile,
     tile_of_program,
     tile_offsets,
-    visible,
+    visible_keys,
 )
 
 
@@ -64,13 +65,12 @@ def _score_gradient(
 @triton.jit
 def _accumulate_dq(
     dq, q, do, lse_log2, delta, k_ptr, v_ptr, begin, end,
-    rows, shift, seqlen_k, stride_kn, stride_vn,
-    scale, softcap_log2, slope_log2, window_left, window_right,
+    rows, first_col, last_col, shift, seqlen_k, stride_kn, stride_vn,
+    scale, softcap_log2, slope_log2,
     rng_ptr, head_index, dropout_threshold, dropout_rescale,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
-    MASKED: tl.constexpr, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
-    RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, MASK_LEFT: tl.constexpr,
+    RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
 ):  # fmt: skip
     """Add the part of columns [begin, end) to dq [BLOCK_M, BLOCK_D], without the final scale."""
     PRECISE: tl.constexpr = q.dtype == tl.float32
@@ -89,7 +89,9 @@ def _accumulate_dq(
         dp = dot(do, tl.trans(v), None)  # [BLOCK_M, BLOCK_N]
         rows_2d = rows[:, None]
         cols_2d = cols[None, :]
-        seen = visible(rows_2d, cols_2d, shift, seqlen_k, window_left, window_right, MASK_LEFT, MASK_RIGHT)
+        seen = between(
+            cols_in_tile[None, :], (first_col - start)[:, None], (last_col - start)[:, None], MASK_LEFT, True
+        )
         p = probabilities(
             qk, rows_2d, cols_2d, lse_log2[:, None], seen, shift, scale, softcap_log2, slope_log2,
             MASKED, RAW_SCALE, SOFTCAP, ALIBI, PRECISE,
@@ -98,7 +100,7 @@ def _accumulate_dq(
             keep = dropout_keep(rng_ptr, rows_2d, cols_2d, head_index, dropout_threshold)
             dp = tl.where(keep, dp * dropout_rescale, 0.0)
         ds = _score_gradient(p, dp, qk, delta[:, None], seen, scale, MASKED, SOFTCAP)
-        dq = dot(round_to(ds, k.dtype), k, dq)
+        dq = dot(round_to(ds, k.dtype, TIES_UP), k, dq)
     return dq
 
 
@@ -127,7 +129,7 @@ def attn_bwd_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     NUM_XCDS: tl.constexpr, VARLEN: tl.constexpr,
     MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
-    RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M queries of one head; also writes delta = D for the dK/dV kernel.
@@ -182,26 +184,29 @@ def attn_bwd_dq_kernel(
     lse = tl.load(lse_ptr + lse_base + rows_in_tile, mask=row_exists, other=float("inf"))
     lse_log2 = lse * LOG2E
 
+    first_col, last_col = visible_keys(
+        rows, shift, cols_total, window_left, window_right, MASK_LEFT, MASK_RIGHT
+    )  # [BLOCK_M]
     slope_log2 = load_slope(alibi_ptr, stride_alibi_batch, batch, head) if ALIBI else 0.0
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if MASK_LEFT:
         dq = _accumulate_dq(
             dq, q, do, lse_log2, delta, k_ptr, v_ptr, begin, tl.minimum(full_begin, end),
-            rows, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2, window_left, window_right,
+            rows, first_col, last_col, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2,
             rng_ptr, batch_head, dropout_threshold, dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
-            VEC, WIDE, True, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT,
+            VEC, WIDE, True, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
         )  # fmt: skip
     dq = _accumulate_dq(
         dq, q, do, lse_log2, delta, k_ptr, v_ptr, full_begin, full_end,
-        rows, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2, window_left, window_right,
+        rows, first_col, last_col, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2,
         rng_ptr, batch_head, dropout_threshold, dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
-        VEC, WIDE, False, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT,
+        VEC, WIDE, False, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
     )  # fmt: skip
     dq = _accumulate_dq(
         dq, q, do, lse_log2, delta, k_ptr, v_ptr, full_end, end,
-        rows, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2, window_left, window_right,
+        rows, first_col, last_col, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2,
         rng_ptr, batch_head, dropout_threshold, dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
-        VEC, WIDE, True, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT,
+        VEC, WIDE, True, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
     )  # fmt: skip
 
     # A row without keys has no gradient, also where 0 met a NaN key that other rows see.
@@ -214,18 +219,21 @@ def attn_bwd_dq_kernel(
 @triton.jit
 def _accumulate_dkdv(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, begin, end,
-    cols, shift, seqlen_q, seqlen_k, stride_qm, stride_dom,
-    scale, softcap_log2, slope_log2, window_left, window_right,
+    cols, first_row, last_row, shift, seqlen_q, stride_qm, stride_dom,
+    scale, softcap_log2, slope_log2,
     rng_ptr, head_index, dropout_threshold, dropout_rescale,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     MASKED: tl.constexpr, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
-    RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
 ):  # fmt: skip
     """Add the part of rows [begin, end) to dk [BLOCK_N, BLOCK_D] (unscaled) and dv [BLOCK_N, BLOCK_DV].
 
+    Column j is seen by rows [first_row[j], last_row[j]], as far as MASK_RIGHT and MASK_LEFT go.  Rows that do
+    not exist have lse inf, and so probability 0; columns that do not exist are never stored.
     Works on transposed scores [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands as they are.
     """
+    CHECKED: tl.constexpr = MASKED and (MASK_LEFT or MASK_RIGHT)
     PRECISE: tl.constexpr = k.dtype == tl.float32
     rows_in_tile = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -247,10 +255,12 @@ def _accumulate_dkdv(
         qk = dot(k, tl.trans(q), None)  # [BLOCK_N, BLOCK_M]
         rows_2d = rows[None, :]
         cols_2d = cols[:, None]
-        seen = visible(rows_2d, cols_2d, shift, seqlen_k, window_left, window_right, MASK_LEFT, MASK_RIGHT)
+        seen = between(
+            rows_in_tile[None, :], (first_row - start)[:, None], (last_row - start)[:, None], MASK_RIGHT, MASK_LEFT
+        )
         p = probabilities(
             qk, rows_2d, cols_2d, lse[None, :] * LOG2E, seen, shift, scale, softcap_log2, slope_log2,
-            MASKED, RAW_SCALE, SOFTCAP, ALIBI, PRECISE,
+            CHECKED, RAW_SCALE, SOFTCAP, ALIBI, PRECISE,
         )  # fmt: skip
         dp = dot(v, tl.trans(do), None)  # [BLOCK_N, BLOCK_M]
         dropped = p
@@ -258,9 +268,9 @@ def _accumulate_dkdv(
             keep = dropout_keep(rng_ptr, rows_2d, cols_2d, head_index, dropout_threshold)
             dropped = tl.where(keep, p * dropout_rescale, 0.0)
             dp = tl.where(keep, dp * dropout_rescale, 0.0)
-        dv = dot(round_to(dropped, do.dtype), do, dv)
-        ds = _score_gradient(p, dp, qk, delta[None, :], seen, scale, MASKED, SOFTCAP)
-        dk = dot(round_to(ds, q.dtype), q, dk)
+        dv = dot(round_to(dropped, do.dtype, TIES_UP), do, dv)
+        ds = _score_gradient(p, dp, qk, delta[None, :], seen, scale, CHECKED, SOFTCAP)
+        dk = dot(round_to(ds, q.dtype, TIES_UP), q, dk)
     return dk, dv
 
 
@@ -289,7 +299,7 @@ def attn_bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     NUM_XCDS: tl.constexpr, VARLEN: tl.constexpr,
     MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
-    RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N keys of one key/value head, summed over the query heads of its group.
 
@@ -315,6 +325,8 @@ def attn_bwd_dkdv_kernel(
     row64 = start_q.to(tl.int64)
     cols_in_tile = tl.arange(0, BLOCK_N)
     cols = first_col + cols_in_tile
+    first_row = cols - shift - window_right  # [BLOCK_N]
+    last_row = cols - shift + window_left  # [BLOCK_N]
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
     k_ptr += (batch64 * stride_kb + head_k64 * stride_kh + col64 * stride_kn) * VEC
@@ -337,24 +349,24 @@ def attn_bwd_dkdv_kernel(
         if MASK_RIGHT:
             dk, dv = _accumulate_dkdv(
                 dk, dv, k, v, q_head, do_head, lse_ptr + lse_base, delta_ptr + lse_base,
-                begin, tl.minimum(full_begin, end), cols, shift, rows_total, cols_total, stride_qm, stride_dom,
-                scale, softcap_log2, slope_log2, window_left, window_right, rng_ptr, head_index, dropout_threshold,
+                begin, tl.minimum(full_begin, end), cols, first_row, last_row, shift, rows_total, stride_qm, stride_dom,
+                scale, softcap_log2, slope_log2, rng_ptr, head_index, dropout_threshold,
                 dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, VEC, WIDE,
-                True, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT,
+                True, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
             )  # fmt: skip
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, q_head, do_head, lse_ptr + lse_base, delta_ptr + lse_base,
-            full_begin, full_end, cols, shift, rows_total, cols_total, stride_qm, stride_dom,
-            scale, softcap_log2, slope_log2, window_left, window_right, rng_ptr, head_index, dropout_threshold,
+            full_begin, full_end, cols, first_row, last_row, shift, rows_total, stride_qm, stride_dom,
+            scale, softcap_log2, slope_log2, rng_ptr, head_index, dropout_threshold,
             dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, VEC, WIDE,
-            False, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT,
+            False, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
         )  # fmt: skip
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, q_head, do_head, lse_ptr + lse_base, delta_ptr + lse_base,
-            full_end, end, cols, shift, rows_total, cols_total, stride_qm, stride_dom,
-            scale, softcap_log2, slope_log2, window_left, window_right, rng_ptr, head_index, dropout_threshold,
+            full_end, end, cols, first_row, last_row, shift, rows_total, stride_qm, stride_dom,
+            scale, softcap_log2, slope_log2, rng_ptr, head_index, dropout_threshold,
             dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, VEC, WIDE,
-            True, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT,
+            True, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
         )  # fmt: skip
 
     out_row = col64

@@ -48,8 +48,16 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def round_to(x, dtype: tl.constexpr):
-    """Round float32 to nearest, ties to even."""
+def round_to(x, dtype: tl.constexpr, TIES_UP: tl.constexpr):
+    """Round float32 to nearest; ties to even, or with TIES_UP (bfloat16 only) away from zero.
+
+    Chips without a conversion instruction take five instructions to find the even one and keep NaN; ties
+    are too rare in P and dS to bias a sum.  TIES_UP keeps inf, and every NaN that arithmetic makes or that
+    came as a half-precision number.
+    """
+    if TIES_UP:
+        bits = x.to(tl.int32, bitcast=True) + 0x8000
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -95,18 +103,33 @@ def store_tile(ptrs, value, rows, row_limit, dims, HEADDIM: tl.constexpr, BLOCK_
     mask = rows[:, None] < row_limit
     if HEADDIM != BLOCK_D:
         mask = mask & (dims[None, :] < HEADDIM)
-    tl.store(ptrs, round_to(value, ptrs.dtype.element_ty), mask=mask)
+    tl.store(ptrs, round_to(value, ptrs.dtype.element_ty, False), mask=mask)
 
 
 @triton.jit
-def visible(rows, cols, shift, seqlen_k, window_left, window_right, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr):
-    """Which (row, column) pairs attend; rows and cols broadcast against each other."""
-    seen = cols < seqlen_k
-    if MASK_RIGHT:
-        seen = seen & (cols <= rows + shift + window_right)
+def visible_keys(rows, shift, seqlen_k, window_left, window_right, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr):
+    """First and last column that each row sees."""
+    first = tl.zeros_like(rows)
+    last = tl.zeros_like(rows) + (seqlen_k - 1)
     if MASK_LEFT:
-        seen = seen & (cols >= rows + shift - window_left)
-    return seen
+        first = rows + shift - window_left
+    if MASK_RIGHT:
+        last = tl.minimum(last, rows + shift + window_right)
+    return first, last
+
+
+@triton.jit
+def between(index, first, last, CHECK_FIRST: tl.constexpr, CHECK_LAST: tl.constexpr):
+    """Mask of first <= index <= last, which broadcast against each other.
+
+    Relative to its tile, index is made of a constant and the lane; what changes from tile to tile is better
+    in first and last, of which a lane holds few.
+    """
+    if CHECK_FIRST and CHECK_LAST:
+        return (index >= first) & (index <= last)
+    if CHECK_FIRST:
+        return index >= first
+    return index <= last
 
 
 @triton.jit

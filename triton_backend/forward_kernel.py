@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .common import (
     LN2,
+    between,
     dot,
     dropout_keep,
     key_ranges,
@@ -20,22 +21,22 @@ from .common import (
     store_tile,
     tile_of_program,
     tile_offsets,
-    visible,
+    visible_keys,
 )
 
 
 @triton.jit
 def _attend(
     acc, row_sum, row_max, q, k_ptr, v_ptr, begin, end,
-    rows, shift, seqlen_k, stride_kn, stride_vn,
-    scale, softcap_log2, slope_log2, window_left, window_right,
+    rows, first_col, last_col, shift, seqlen_k, stride_kn, stride_vn,
+    scale, softcap_log2, slope_log2,
     rng_ptr, head_index, dropout_threshold,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
-    MASKED: tl.constexpr, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
-    RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr, MASK_LEFT: tl.constexpr,
+    RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
 ):  # fmt: skip
-    """One pass over columns [begin, end).  acc [BLOCK_M, BLOCK_DV], row_sum and row_max [BLOCK_M]."""
+    """One pass over columns [begin, end).  acc [BLOCK_M, BLOCK_DV]; row_sum, row_max, first_col, last_col [BLOCK_M]."""
     cols_in_tile = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
@@ -52,8 +53,8 @@ def _attend(
                 SOFTCAP, ALIBI, q.dtype == tl.float32,
             )  # fmt: skip
         if MASKED:
-            seen = visible(
-                rows[:, None], cols[None, :], shift, seqlen_k, window_left, window_right, MASK_LEFT, MASK_RIGHT
+            seen = between(
+                cols_in_tile[None, :], (first_col - start)[:, None], (last_col - start)[:, None], MASK_LEFT, True
             )
             s = tl.where(seen, s, float("-inf"))
         # The raw path leaves the multiplication by scale to the FMA that subtracts the maximum.
@@ -74,7 +75,7 @@ def _attend(
         v_tile = v_ptr + tl.cast(start, tl.int64) * stride_vn * VEC
         v = load_tile(v_tile + v_offsets, cols, seqlen_k, dims_v, HEADDIM_V, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
         acc = acc * rescale[:, None]
-        acc = dot(round_to(p, v.dtype), v, acc)
+        acc = dot(round_to(p, v.dtype, TIES_UP), v, acc)
     return acc, row_sum, row_max
 
 
@@ -101,7 +102,7 @@ def attn_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     NUM_XCDS: tl.constexpr, VARLEN: tl.constexpr,
     MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
-    RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
 ):  # fmt: skip
     """One block of BLOCK_M queries of one head.
 
@@ -136,6 +137,9 @@ def attn_fwd_kernel(
     q_ptrs = q_ptr + q_start * VEC + tile_offsets(rows_in_tile, stride_qm, dims, VEC, WIDE)
     q = load_tile(q_ptrs, rows, rows_total, dims, HEADDIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
 
+    first_col, last_col = visible_keys(
+        rows, shift, cols_total, window_left, window_right, MASK_LEFT, MASK_RIGHT
+    )  # [BLOCK_M]
     slope_log2 = load_slope(alibi_ptr, stride_alibi_batch, batch, head) if ALIBI else 0.0
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -143,21 +147,21 @@ def attn_fwd_kernel(
     if MASK_LEFT:
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, k_ptr, v_ptr, begin, tl.minimum(full_begin, end),
-            rows, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2, window_left, window_right,
+            rows, first_col, last_col, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2,
             rng_ptr, batch_head, dropout_threshold, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, VEC, WIDE,
-            True, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT,
+            True, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
         )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, k_ptr, v_ptr, full_begin, full_end,
-        rows, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2, window_left, window_right,
+        rows, first_col, last_col, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2,
         rng_ptr, batch_head, dropout_threshold, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, VEC, WIDE,
-        False, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT,
+        False, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
     )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, k_ptr, v_ptr, full_end, end,
-        rows, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2, window_left, window_right,
+        rows, first_col, last_col, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2,
         rng_ptr, batch_head, dropout_threshold, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, VEC, WIDE,
-        True, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT,
+        True, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
     )  # fmt: skip
 
     # A row without any visible key: its accumulator may hold 0 * NaN of keys that other rows see.  A row

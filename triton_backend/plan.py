@@ -7,7 +7,10 @@ import functools
 import math
 from typing import Any
 
+import torch
+
 from flash_rocm import config, runtime
+from flash_rocm.amdgpu.chips import CHIPS
 from flash_rocm.config_schema import Facts, KernelConfig
 from flash_rocm.problem import AttentionProblem, dropout_threshold
 from flash_rocm.runtime import Arch, ConfigSource
@@ -25,6 +28,11 @@ def block_d(headdim: int) -> int:
 def is_masked(problem: AttentionProblem) -> bool:
     """Whether a causal or window mask applies (ragged ends do not count)."""
     return problem.window_left >= 0 or problem.window_right >= 0
+
+
+def rounds_in_software(arch: Arch) -> bool:
+    """Whether converting float32 to bfloat16 takes several instructions."""
+    return arch.vendor == "amd" and arch.name in CHIPS and not CHIPS[arch.name].converts_bf16
 
 
 def facts_of(problem: AttentionProblem) -> Facts:
@@ -104,6 +112,7 @@ def plan(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSourc
         "SOFTCAP": softcap > 0.0,
         "ALIBI": problem.alibi,
         "DROPOUT": problem.dropout_p > 0.0,
+        "TIES_UP": problem.dtype == torch.bfloat16 and rounds_in_software(arch),
     }
     over_keys = kernel == "backward_dkdv"
     length, block = (problem.seqlen_k, entry.BLOCK_N) if over_keys else (problem.seqlen_q, entry.BLOCK_M)

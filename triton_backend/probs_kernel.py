@@ -6,6 +6,7 @@ import triton.language as tl
 from .backward_kernels import probabilities
 from .common import (
     LOG2E,
+    between,
     dot,
     dropout_keep,
     load_slope,
@@ -14,7 +15,7 @@ from .common import (
     sequence_bounds,
     tile_of_program,
     tile_offsets,
-    visible,
+    visible_keys,
 )
 
 
@@ -65,6 +66,9 @@ def attn_probs_kernel(
     q = load_tile(q_ptrs, rows, rows_total, dims, HEADDIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     lse_ptr += batch64 * stride_lb + head64 * stride_lh + row64
     lse = tl.load(lse_ptr + rows_in_tile, mask=rows < rows_total, other=float("inf"))
+    first_col, last_col = visible_keys(
+        rows, shift, cols_total, window_left, window_right, MASK_LEFT, MASK_RIGHT
+    )  # [BLOCK_M]
     slope_log2 = load_slope(alibi_ptr, stride_alibi_batch, batch, head) if ALIBI else 0.0
     probs_ptr += (batch_head.to(tl.int64) * seqlen_q + first_row) * seqlen_k
     probs_rows = probs_ptr + rows_in_tile.to(tl.int64)[:, None] * seqlen_k
@@ -74,9 +78,7 @@ def attn_probs_kernel(
         k_tile = k_ptr + tl.cast(start, tl.int64) * stride_kn * VEC
         k = load_tile(k_tile + k_offsets, cols, cols_total, dims, HEADDIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
         qk = dot(q, tl.trans(k), None)  # [BLOCK_M, BLOCK_N]
-        seen = visible(
-            rows[:, None], cols[None, :], shift, cols_total, window_left, window_right, MASK_LEFT, MASK_RIGHT
-        )
+        seen = between(cols[None, :], first_col[:, None], last_col[:, None], MASK_LEFT, True)
         p = probabilities(
             qk, rows[:, None], cols[None, :], (lse * LOG2E)[:, None], seen, shift, scale, softcap_log2, slope_log2,
             True, RAW_SCALE, SOFTCAP, ALIBI, q.dtype == tl.float32,
@@ -86,4 +88,4 @@ def attn_probs_kernel(
             p = tl.where(keep, p, -p)
         # The buffer is as large as the caller's max_seqlens, which the lengths might pass.
         inside = (rows[:, None] < tl.minimum(rows_total, seqlen_q)) & (cols[None, :] < tl.minimum(cols_total, seqlen_k))
-        tl.store(probs_rows + cols[None, :], round_to(p, probs_ptr.dtype.element_ty), mask=inside)
+        tl.store(probs_rows + cols[None, :], round_to(p, probs_ptr.dtype.element_ty, False), mask=inside)

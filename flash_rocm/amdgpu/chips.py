@@ -21,6 +21,7 @@ class Chip:
     vgpr_granule: int
     max_waves_per_simd: int
     wave_size: int
+    converts_bf16: bool = False  # has an instruction that rounds float32 to bfloat16
 
     def waves_by_vgprs(self, vgprs: int) -> int:
         """Waves per SIMD whose registers fit."""
@@ -46,15 +47,15 @@ def _rounded(number: int, granule: int) -> int:
     return -(-number // granule) * granule
 
 
-def _cdna(lds: int, granule: int) -> Chip:
-    return Chip(lds, lds, granule, 4, 512, 8, 8, 64)
+def _cdna(lds: int, granule: int, converts_bf16: bool) -> Chip:
+    return Chip(lds, lds, granule, 4, 512, 8, 8, 64, converts_bf16)
 
 
 def _rdna(vgprs: int, vgpr_granule: int) -> Chip:
     return Chip(64 << 10, 128 << 10, 1024, 4, vgprs, vgpr_granule, 16, 32)
 
 
-_CDNA3, _CDNA4 = _cdna(64 << 10, 512), _cdna(160 << 10, 1280)
+_CDNA3, _CDNA4 = _cdna(64 << 10, 512, False), _cdna(160 << 10, 1280, True)
 _RDNA_SMALL, _RDNA_LARGE = _rdna(1024, 16), _rdna(1536, 24)
 
 CHIPS = {

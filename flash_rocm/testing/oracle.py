@@ -24,8 +24,9 @@ class Oracle:
       approach to probabilistic rounding error analysis", 2019).  That matters where terms cancel, as in
       dq and dk of a row that sees one key: they are exactly 0, and so is the error of the plain computation;
     * backward starts from the ``out`` that forward rounded and stored: dq and dk also get the error that
-      rounding the exact ``out`` to its dtype causes, computed, not bounded.  Likewise backward and
-      probs recompute P from the LSE that forward rounded and stored, eps / 2 * |lse| off.
+      rounding the exact ``out`` to its dtype causes, computed, not bounded.  Likewise backward
+      recomputes P from the LSE that forward stored.  LSE is in natural units while kernels reckon in
+      log2 units: it is rounded on the way out and on the way back, 2 * eps / 2 * |lse| off.
     """
 
     out: torch.Tensor
@@ -195,8 +196,8 @@ def _roundings(
         "probs": largest(p * (terms + stored_lse), dim),
     }
     if dout is not None:
-        # One rounding of LSE moves a whole row of P at once; its terms do not average out.
-        row = stored_lse * unit
+        # A rounding of LSE moves a whole row of P at once; its terms do not average out.
+        row = stored_lse * (2 * unit)
         dp = torch.einsum("ihd,jhd->hij", dout.abs(), v.abs()) * factor
         ds = dp + (p * dp).sum(-1, keepdim=True)
         if dlse is not None:
