@@ -16,6 +16,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 OPTIONS: dict[str, tuple[int, ...]] = {
     "BLOCK_M": (16, 32, 64, 128, 256, 512),
     "BLOCK_N": (16, 32, 64, 128, 256, 512),
+    "BLOCK_K": (0, 16, 32, 64, 128, 256),
     "num_warps": (1, 2, 4, 8, 16),
     "num_stages": (1, 2, 3, 4, 5, 6),
     "waves_per_eu": tuple(range(17)),
@@ -105,13 +106,15 @@ class Provenance:
 class KernelConfig:
     """Tuning of one Triton kernel.  Block sizes in rows and columns of the score matrix.
 
-    waves_per_eu, matrix_instr_nonkdim and kpack are AMD's compiler options, 0 for its default.
+    BLOCK_K: dims of the head that the products over it take at a time; 0: all, the left operand staying in
+    registers.  waves_per_eu, matrix_instr_nonkdim and kpack are AMD's compiler options, 0 for its default.
     """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    BLOCK_K: int = 0
     waves_per_eu: int = 0
     matrix_instr_nonkdim: int = 0
     kpack: int = 0

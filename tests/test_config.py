@@ -221,7 +221,7 @@ WRONG = {
         "triton[0].provenance: expected a value, got none",
     ),
     "entry key": ({"triton": [ENTRY, ENTRY | {"x": 1}]}, "triton[1].x: expected one of the keys kernel, match"),
-    "option": (changed("options", BLOCK_K=32), "triton[0].options.BLOCK_K: expected one of the keys BLOCK_M"),
+    "option": (changed("options", BLOCK_X=32), "triton[0].options.BLOCK_X: expected one of the keys BLOCK_M"),
     "no power of two": (
         changed("options", BLOCK_M=48),
         "options.BLOCK_M: expected one of 16, 32, 64, 128, 256, 512, got 48",

@@ -284,7 +284,7 @@ def test_a_diff_with_something_else(capsys: pytest.CaptureFixture[str], tmp_path
     for written, text in (
         ("{", "expected JSON"),
         ("[]", "expected what inspect"),
-        ('{"format": 0}', "expected format 1, got 0"),
+        ('{"format": 0}', "expected format 2, got 0"),
     ):
         path.write_text(written)
         status, _, err = run(capsys, "--arch", "gfx942", "--diff", str(path))

@@ -44,6 +44,7 @@ kernel:
 	v_cmp_gt_i32_e32 vcc, s0, v9
 	v_cndmask_b32_e32 v4, v5, v6, vcc
 	v_cndmask_b32_e32 v4, v5, v6, vcc
+	v_exp_f32_e32 v4, v4
 	scratch_store_dword off, v3, off offset:16
 	s_cbranch_scc0 .second
 	scratch_load_dword v3, off, off offset:16

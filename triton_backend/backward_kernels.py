@@ -13,6 +13,7 @@ from .common import (
     LOG2E,
     between,
     dot,
+    dot_by_chunks,
     dropout_keep,
     key_ranges,
     load_slope,
@@ -65,28 +66,43 @@ def _score_gradient(
 @triton.jit
 def _accumulate_dq(
     dq, q, do, lse_log2, delta, k_ptr, v_ptr, begin, end,
-    rows, first_col, last_col, shift, seqlen_k, stride_kn, stride_vn,
+    rows, first_col, last_col, shift, seqlen_q, seqlen_k, stride_qm, stride_dom, stride_kn, stride_vn,
     scale, softcap_log2, slope_log2,
     rng_ptr, head_index, dropout_threshold, dropout_rescale,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, MASK_LEFT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr, MASK_LEFT: tl.constexpr,
     RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
 ):  # fmt: skip
-    """Add the part of columns [begin, end) to dq [BLOCK_M, BLOCK_D], without the final scale."""
-    PRECISE: tl.constexpr = q.dtype == tl.float32
+    """Add the part of columns [begin, end) to dq [BLOCK_M, BLOCK_D], without the final scale.
+
+    q and do are tiles [BLOCK_M, BLOCK_D] and [BLOCK_M, BLOCK_DV], or with BLOCK_K the addresses of their first rows.
+    """
+    PRECISE: tl.constexpr = k_ptr.dtype.element_ty == tl.float32
     cols_in_tile = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
     k_offsets = tile_offsets(cols_in_tile, stride_kn, dims, VEC, WIDE)
     v_offsets = tile_offsets(cols_in_tile, stride_vn, dims_v, VEC, WIDE)
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N, disable_licm=BLOCK_K > 0):
         cols = start + cols_in_tile
         k_tile = k_ptr + tl.cast(start, tl.int64) * stride_kn * VEC
         v_tile = v_ptr + tl.cast(start, tl.int64) * stride_vn * VEC
         k = load_tile(k_tile + k_offsets, cols, seqlen_k, dims, HEADDIM, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
-        v = load_tile(v_tile + v_offsets, cols, seqlen_k, dims_v, HEADDIM_V, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
-        qk = dot(q, tl.trans(k), None)  # [BLOCK_M, BLOCK_N]
-        dp = dot(do, tl.trans(v), None)  # [BLOCK_M, BLOCK_N]
+        if BLOCK_K == 0:
+            # [BLOCK_N, BLOCK_DV]
+            v = load_tile(v_tile + v_offsets, cols, seqlen_k, dims_v, HEADDIM_V, BLOCK_DV, MASKED)
+            qk = dot(q, tl.trans(k), None)  # [BLOCK_M, BLOCK_N]
+            dp = dot(do, tl.trans(v), None)  # [BLOCK_M, BLOCK_N]
+        else:
+            qk = dot_by_chunks(
+                q, rows, seqlen_q, stride_qm, k_tile, cols, seqlen_k, stride_kn,
+                BLOCK_M, BLOCK_N, HEADDIM, BLOCK_D, BLOCK_K, MASKED, VEC, WIDE,
+            )  # fmt: skip
+            dp = dot_by_chunks(
+                do, rows, seqlen_q, stride_dom, v_tile, cols, seqlen_k, stride_vn,
+                BLOCK_M, BLOCK_N, HEADDIM_V, BLOCK_DV, BLOCK_K, MASKED, VEC, WIDE,
+            )  # fmt: skip
         rows_2d = rows[:, None]
         cols_2d = cols[None, :]
         seen = between(
@@ -126,7 +142,7 @@ def attn_bwd_dq_kernel(
     softmax_scale: tl.float32, scale: tl.float32, softcap_log2: tl.float32,
     window_left: tl.int32, window_right: tl.int32, dropout_threshold: tl.int32, dropout_rescale: tl.float32,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     NUM_XCDS: tl.constexpr, VARLEN: tl.constexpr,
     MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
     RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
@@ -170,11 +186,9 @@ def attn_bwd_dq_kernel(
     row_exists = rows < rows_total
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
-    q_ptrs = q_ptr + tile_offsets(rows_in_tile, stride_qm, dims, VEC, WIDE)
     do_ptrs = do_ptr + tile_offsets(rows_in_tile, stride_dom, dims_v, VEC, WIDE)
     out_ptr += (out_row * nheads + head) * HEADDIM_V
     out_ptrs = out_ptr + tile_offsets(rows_in_tile, nheads * HEADDIM_V, dims_v, 1, WIDE)
-    q = load_tile(q_ptrs, rows, rows_total, dims, HEADDIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     do = load_tile(do_ptrs, rows, rows_total, dims_v, HEADDIM_V, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
     out = load_tile(out_ptrs, rows, rows_total, dims_v, HEADDIM_V, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
@@ -183,6 +197,12 @@ def attn_bwd_dq_kernel(
     tl.store(delta_ptr + lse_base + rows_in_tile, delta, mask=row_exists)
     lse = tl.load(lse_ptr + lse_base + rows_in_tile, mask=row_exists, other=float("inf"))
     lse_log2 = lse * LOG2E
+    q = q_ptr
+    if BLOCK_K == 0:
+        q_ptrs = q_ptr + tile_offsets(rows_in_tile, stride_qm, dims, VEC, WIDE)
+        q = load_tile(q_ptrs, rows, rows_total, dims, HEADDIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    else:
+        do = do_ptr
 
     first_col, last_col = visible_keys(
         rows, shift, cols_total, window_left, window_right, MASK_LEFT, MASK_RIGHT
@@ -192,21 +212,24 @@ def attn_bwd_dq_kernel(
     if MASK_LEFT:
         dq = _accumulate_dq(
             dq, q, do, lse_log2, delta, k_ptr, v_ptr, begin, tl.minimum(full_begin, end),
-            rows, first_col, last_col, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2,
-            rng_ptr, batch_head, dropout_threshold, dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
-            VEC, WIDE, True, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
+            rows, first_col, last_col, shift, rows_total, cols_total, stride_qm, stride_dom, stride_kn, stride_vn,
+            scale, softcap_log2, slope_log2, rng_ptr, batch_head, dropout_threshold, dropout_rescale,
+            HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_K, VEC, WIDE,
+            True, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
         )  # fmt: skip
     dq = _accumulate_dq(
         dq, q, do, lse_log2, delta, k_ptr, v_ptr, full_begin, full_end,
-        rows, first_col, last_col, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2,
-        rng_ptr, batch_head, dropout_threshold, dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
-        VEC, WIDE, False, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
+        rows, first_col, last_col, shift, rows_total, cols_total, stride_qm, stride_dom, stride_kn, stride_vn,
+        scale, softcap_log2, slope_log2, rng_ptr, batch_head, dropout_threshold, dropout_rescale,
+        HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_K, VEC, WIDE,
+        False, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
     )  # fmt: skip
     dq = _accumulate_dq(
         dq, q, do, lse_log2, delta, k_ptr, v_ptr, full_end, end,
-        rows, first_col, last_col, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2,
-        rng_ptr, batch_head, dropout_threshold, dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
-        VEC, WIDE, True, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
+        rows, first_col, last_col, shift, rows_total, cols_total, stride_qm, stride_dom, stride_kn, stride_vn,
+        scale, softcap_log2, slope_log2, rng_ptr, batch_head, dropout_threshold, dropout_rescale,
+        HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_K, VEC, WIDE,
+        True, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
     )  # fmt: skip
 
     # A row without keys has no gradient, also where 0 met a NaN key that other rows see.
@@ -219,11 +242,11 @@ def attn_bwd_dq_kernel(
 @triton.jit
 def _accumulate_dkdv(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, begin, end,
-    cols, first_row, last_row, shift, seqlen_q, stride_qm, stride_dom,
+    cols, first_row, last_row, shift, seqlen_q, seqlen_k, stride_qm, stride_dom, stride_kn, stride_vn,
     scale, softcap_log2, slope_log2,
     rng_ptr, head_index, dropout_threshold, dropout_rescale,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     MASKED: tl.constexpr, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
     RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
 ):  # fmt: skip
@@ -232,15 +255,16 @@ def _accumulate_dkdv(
     Column j is seen by rows [first_row[j], last_row[j]], as far as MASK_RIGHT and MASK_LEFT go.  Rows that do
     not exist have lse inf, and so probability 0; columns that do not exist are never stored.
     Works on transposed scores [BLOCK_N, BLOCK_M], so that P^T and dS^T are left operands as they are.
+    k and v are tiles [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV], or with BLOCK_K the addresses of their first rows.
     """
     CHECKED: tl.constexpr = MASKED and (MASK_LEFT or MASK_RIGHT)
-    PRECISE: tl.constexpr = k.dtype == tl.float32
+    PRECISE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     rows_in_tile = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
     q_offsets = tile_offsets(rows_in_tile, stride_qm, dims, VEC, WIDE)
     do_offsets = tile_offsets(rows_in_tile, stride_dom, dims_v, VEC, WIDE)
-    for start in tl.range(begin, end, BLOCK_M):
+    for start in tl.range(begin, end, BLOCK_M, disable_licm=BLOCK_K > 0):
         rows = start + rows_in_tile
         q_tile = q_ptr + tl.cast(start, tl.int64) * stride_qm * VEC
         do_tile = do_ptr + tl.cast(start, tl.int64) * stride_dom * VEC
@@ -252,7 +276,13 @@ def _accumulate_dkdv(
         else:
             lse = tl.load(lse_ptr + rows)
             delta = tl.load(delta_ptr + rows)
-        qk = dot(k, tl.trans(q), None)  # [BLOCK_N, BLOCK_M]
+        if BLOCK_K == 0:
+            qk = dot(k, tl.trans(q), None)  # [BLOCK_N, BLOCK_M]
+        else:
+            qk = dot_by_chunks(
+                k, cols, seqlen_k, stride_kn, q_tile, rows, seqlen_q, stride_qm,
+                BLOCK_N, BLOCK_M, HEADDIM, BLOCK_D, BLOCK_K, MASKED, VEC, WIDE,
+            )  # fmt: skip
         rows_2d = rows[None, :]
         cols_2d = cols[:, None]
         seen = between(
@@ -262,7 +292,13 @@ def _accumulate_dkdv(
             qk, rows_2d, cols_2d, lse[None, :] * LOG2E, seen, shift, scale, softcap_log2, slope_log2,
             CHECKED, RAW_SCALE, SOFTCAP, ALIBI, PRECISE,
         )  # fmt: skip
-        dp = dot(v, tl.trans(do), None)  # [BLOCK_N, BLOCK_M]
+        if BLOCK_K == 0:
+            dp = dot(v, tl.trans(do), None)  # [BLOCK_N, BLOCK_M]
+        else:
+            dp = dot_by_chunks(
+                v, cols, seqlen_k, stride_vn, do_tile, rows, seqlen_q, stride_dom,
+                BLOCK_N, BLOCK_M, HEADDIM_V, BLOCK_DV, BLOCK_K, MASKED, VEC, WIDE,
+            )  # fmt: skip
         dropped = p
         if DROPOUT:
             keep = dropout_keep(rng_ptr, rows_2d, cols_2d, head_index, dropout_threshold)
@@ -296,7 +332,7 @@ def attn_bwd_dkdv_kernel(
     softmax_scale: tl.float32, scale: tl.float32, softcap_log2: tl.float32,
     window_left: tl.int32, window_right: tl.int32, dropout_threshold: tl.int32, dropout_rescale: tl.float32,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     NUM_XCDS: tl.constexpr, VARLEN: tl.constexpr,
     MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
     RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
@@ -331,10 +367,12 @@ def attn_bwd_dkdv_kernel(
     dims_v = tl.arange(0, BLOCK_DV)
     k_ptr += (batch64 * stride_kb + head_k64 * stride_kh + col64 * stride_kn) * VEC
     v_ptr += (batch64 * stride_vb + head_k64 * stride_vh + col64 * stride_vn) * VEC
-    k_ptrs = k_ptr + tile_offsets(cols_in_tile, stride_kn, dims, VEC, WIDE)
-    v_ptrs = v_ptr + tile_offsets(cols_in_tile, stride_vn, dims_v, VEC, WIDE)
-    k = load_tile(k_ptrs, cols, cols_total, dims, HEADDIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
-    v = load_tile(v_ptrs, cols, cols_total, dims_v, HEADDIM_V, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
+    k, v = k_ptr, v_ptr
+    if BLOCK_K == 0:
+        k_ptrs = k_ptr + tile_offsets(cols_in_tile, stride_kn, dims, VEC, WIDE)
+        v_ptrs = v_ptr + tile_offsets(cols_in_tile, stride_vn, dims_v, VEC, WIDE)
+        k = load_tile(k_ptrs, cols, cols_total, dims, HEADDIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(v_ptrs, cols, cols_total, dims_v, HEADDIM_V, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -349,23 +387,26 @@ def attn_bwd_dkdv_kernel(
         if MASK_RIGHT:
             dk, dv = _accumulate_dkdv(
                 dk, dv, k, v, q_head, do_head, lse_ptr + lse_base, delta_ptr + lse_base,
-                begin, tl.minimum(full_begin, end), cols, first_row, last_row, shift, rows_total, stride_qm, stride_dom,
+                begin, tl.minimum(full_begin, end), cols, first_row, last_row, shift, rows_total, cols_total,
+                stride_qm, stride_dom, stride_kn, stride_vn,
                 scale, softcap_log2, slope_log2, rng_ptr, head_index, dropout_threshold,
-                dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, VEC, WIDE,
+                dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_K, VEC, WIDE,
                 True, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
             )  # fmt: skip
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, q_head, do_head, lse_ptr + lse_base, delta_ptr + lse_base,
-            full_begin, full_end, cols, first_row, last_row, shift, rows_total, stride_qm, stride_dom,
+            full_begin, full_end, cols, first_row, last_row, shift, rows_total, cols_total,
+            stride_qm, stride_dom, stride_kn, stride_vn,
             scale, softcap_log2, slope_log2, rng_ptr, head_index, dropout_threshold,
-            dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, VEC, WIDE,
+            dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_K, VEC, WIDE,
             False, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
         )  # fmt: skip
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, q_head, do_head, lse_ptr + lse_base, delta_ptr + lse_base,
-            full_end, end, cols, first_row, last_row, shift, rows_total, stride_qm, stride_dom,
+            full_end, end, cols, first_row, last_row, shift, rows_total, cols_total,
+            stride_qm, stride_dom, stride_kn, stride_vn,
             scale, softcap_log2, slope_log2, rng_ptr, head_index, dropout_threshold,
-            dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, VEC, WIDE,
+            dropout_rescale, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_K, VEC, WIDE,
             True, MASK_LEFT, MASK_RIGHT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
         )  # fmt: skip
 

@@ -98,6 +98,34 @@ def load_tile(ptrs, rows, row_limit, dims, HEADDIM: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
+def dot_by_chunks(
+    a_ptr, a_rows, a_limit, stride_a, b_ptr, b_rows, b_limit, stride_b,
+    A: tl.constexpr, B: tl.constexpr, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    MASK_B: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """a @ b^T [A, B] over the head dim, BLOCK_K dims at a time; a_ptr and b_ptr are the first rows of two tiles.
+
+    For chips whose registers do not hold a whole left operand: both are read anew, mostly from cache.
+    """
+    CHUNK: tl.constexpr = BLOCK_K if BLOCK_K < BLOCK_D else BLOCK_D
+    # Chips that need this multiply float32 without matrix instructions: unrolled, that would spill again.
+    UNROLL: tl.constexpr = 1 if a_ptr.dtype.element_ty == tl.float32 else BLOCK_D // CHUNK
+    a_in_tile = tl.arange(0, A)
+    b_in_tile = tl.arange(0, B)
+    result = tl.zeros([A, B], tl.float32)
+    for first in tl.range(0, BLOCK_D, CHUNK, num_stages=1, loop_unroll_factor=UNROLL):
+        dims = first + tl.arange(0, CHUNK)
+        a = load_tile(
+            a_ptr + tile_offsets(a_in_tile, stride_a, dims, VEC, WIDE), a_rows, a_limit, dims, HEADDIM, BLOCK_D, True
+        )  # [A, CHUNK]
+        b = load_tile(
+            b_ptr + tile_offsets(b_in_tile, stride_b, dims, VEC, WIDE), b_rows, b_limit, dims, HEADDIM, BLOCK_D, MASK_B
+        )  # [B, CHUNK]
+        result = dot(a, tl.trans(b), result)
+    return result
+
+
+@triton.jit
 def store_tile(ptrs, value, rows, row_limit, dims, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store [rows, HEADDIM] of a padded tile, cast to the pointers' type."""
     mask = rows[:, None] < row_limit

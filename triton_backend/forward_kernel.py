@@ -11,6 +11,7 @@ from .common import (
     LN2,
     between,
     dot,
+    dot_by_chunks,
     dropout_keep,
     key_ranges,
     load_slope,
@@ -28,29 +29,38 @@ from .common import (
 @triton.jit
 def _attend(
     acc, row_sum, row_max, q, k_ptr, v_ptr, begin, end,
-    rows, first_col, last_col, shift, seqlen_k, stride_kn, stride_vn,
+    rows, first_col, last_col, shift, seqlen_q, seqlen_k, stride_qm, stride_kn, stride_vn,
     scale, softcap_log2, slope_log2,
     rng_ptr, head_index, dropout_threshold,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     MASKED: tl.constexpr, MASK_LEFT: tl.constexpr,
     RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
 ):  # fmt: skip
-    """One pass over columns [begin, end).  acc [BLOCK_M, BLOCK_DV]; row_sum, row_max, first_col, last_col [BLOCK_M]."""
+    """One pass over columns [begin, end).  acc [BLOCK_M, BLOCK_DV]; row_sum, row_max, first_col, last_col [BLOCK_M].
+
+    q is the tile [BLOCK_M, BLOCK_D], or with BLOCK_K the address of its first row.
+    """
     cols_in_tile = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
     k_offsets = tile_offsets(cols_in_tile, stride_kn, dims, VEC, WIDE)
     v_offsets = tile_offsets(cols_in_tile, stride_vn, dims_v, VEC, WIDE)
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N, disable_licm=BLOCK_K > 0):
         cols = start + cols_in_tile
         k_tile = k_ptr + tl.cast(start, tl.int64) * stride_kn * VEC
-        k = load_tile(k_tile + k_offsets, cols, seqlen_k, dims, HEADDIM, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
-        s = dot(q, tl.trans(k), None)  # [BLOCK_M, BLOCK_N]
+        if BLOCK_K == 0:
+            k = load_tile(k_tile + k_offsets, cols, seqlen_k, dims, HEADDIM, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
+            s = dot(q, tl.trans(k), None)  # [BLOCK_M, BLOCK_N]
+        else:
+            s = dot_by_chunks(
+                q, rows, seqlen_q, stride_qm, k_tile, cols, seqlen_k, stride_kn,
+                BLOCK_M, BLOCK_N, HEADDIM, BLOCK_D, BLOCK_K, MASKED, VEC, WIDE,
+            )  # fmt: skip
         if not RAW_SCALE:
             s = modified_scores(
                 s, rows[:, None], cols[None, :], shift, scale, softcap_log2, slope_log2,
-                SOFTCAP, ALIBI, q.dtype == tl.float32,
+                SOFTCAP, ALIBI, k_ptr.dtype.element_ty == tl.float32,
             )  # fmt: skip
         if MASKED:
             seen = between(
@@ -99,7 +109,7 @@ def attn_fwd_kernel(
     scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32,
     dropout_threshold: tl.int32, dropout_rescale: tl.float32,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     NUM_XCDS: tl.constexpr, VARLEN: tl.constexpr,
     MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
     RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
@@ -134,8 +144,10 @@ def attn_fwd_kernel(
     rows_in_tile = tl.arange(0, BLOCK_M)
     rows = first_row + rows_in_tile
     dims = tl.arange(0, BLOCK_D)
-    q_ptrs = q_ptr + q_start * VEC + tile_offsets(rows_in_tile, stride_qm, dims, VEC, WIDE)
-    q = load_tile(q_ptrs, rows, rows_total, dims, HEADDIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    q = q_ptr + q_start * VEC
+    if BLOCK_K == 0:
+        q_ptrs = q + tile_offsets(rows_in_tile, stride_qm, dims, VEC, WIDE)
+        q = load_tile(q_ptrs, rows, rows_total, dims, HEADDIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
 
     first_col, last_col = visible_keys(
         rows, shift, cols_total, window_left, window_right, MASK_LEFT, MASK_RIGHT
@@ -147,20 +159,23 @@ def attn_fwd_kernel(
     if MASK_LEFT:
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, k_ptr, v_ptr, begin, tl.minimum(full_begin, end),
-            rows, first_col, last_col, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2,
-            rng_ptr, batch_head, dropout_threshold, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, VEC, WIDE,
+            rows, first_col, last_col, shift, rows_total, cols_total, stride_qm, stride_kn, stride_vn, scale,
+            softcap_log2, slope_log2, rng_ptr, batch_head, dropout_threshold,
+            HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_K, VEC, WIDE,
             True, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
         )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, k_ptr, v_ptr, full_begin, full_end,
-        rows, first_col, last_col, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2,
-        rng_ptr, batch_head, dropout_threshold, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, VEC, WIDE,
+        rows, first_col, last_col, shift, rows_total, cols_total, stride_qm, stride_kn, stride_vn, scale,
+        softcap_log2, slope_log2, rng_ptr, batch_head, dropout_threshold,
+        HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_K, VEC, WIDE,
         False, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
     )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, k_ptr, v_ptr, full_end, end,
-        rows, first_col, last_col, shift, cols_total, stride_kn, stride_vn, scale, softcap_log2, slope_log2,
-        rng_ptr, batch_head, dropout_threshold, HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, VEC, WIDE,
+        rows, first_col, last_col, shift, rows_total, cols_total, stride_qm, stride_kn, stride_vn, scale,
+        softcap_log2, slope_log2, rng_ptr, batch_head, dropout_threshold,
+        HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_K, VEC, WIDE,
         True, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
     )  # fmt: skip
 

@@ -103,6 +103,7 @@ def plan(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSourc
         "BLOCK_DV": block_d(problem.headdim_v),
         "BLOCK_M": entry.BLOCK_M,
         "BLOCK_N": entry.BLOCK_N,
+        "BLOCK_K": entry.BLOCK_K,
         "NUM_XCDS": arch.num_xcds,
         "VARLEN": problem.varlen,
         "MASK_LEFT": problem.window_left >= 0,

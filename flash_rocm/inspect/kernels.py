@@ -142,6 +142,8 @@ def compiled_report(case: Case, source: ConfigSource | None) -> Report:
         report = Report(case, ptxas_resources(text, lds_bytes), **facts)  # type: ignore[arg-type]
     else:
         per_score = (10 if case.kernel.startswith("backward") else 4) * case.headdim
+        padded = 1 << (case.headdim - 1).bit_length()
+        chunks = max(padded // entry.BLOCK_K, 1) if entry.BLOCK_K else 1
         scores = entry.BLOCK_M * entry.BLOCK_N / entry.num_warps
         try:
             report = amd_report(
@@ -149,7 +151,7 @@ def compiled_report(case: Case, source: ConfigSource | None) -> Report:
                 parse_amdgcn(text),
                 amdgcn_resources(text, lds_bytes),
                 entry.num_warps,
-                Work(scores, per_score, problem.dtype.itemsize),
+                Work(scores, per_score, problem.dtype.itemsize, chunks),
                 **facts,
             )
         except AssemblyError as error:

@@ -7,6 +7,7 @@ loop, compilers make one loop for full and one for masked blocks; both come out 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from flash_rocm.amdgpu.assembly import Instruction, Program
 
@@ -77,27 +78,34 @@ def _ways(program: Program, first: int, last: int, arch: str) -> tuple[list[Inst
     return found[0], found[1]
 
 
-def hot_loops(program: Program, arch: str) -> list[Loop]:
-    """Innermost loops with matrix instructions; where the program has none, those with an exponential."""
+def hot_loops(program: Program, arch: str, inner_trips: int = 1) -> list[Loop]:
+    """Innermost loops with matrix instructions and exponentials, or with what the program has of the two.
+
+    Args:
+        inner_trips: how often the loops inside them go round, for kernels that take the head dim in chunks.
+    """
     code = program.instructions
-    has_matrix = any(kind(instruction, arch) == "matrix" for instruction in code)
+    all_spans = spans(program)
 
-    def is_hot(index: int) -> bool:
-        if has_matrix:
-            return kind(code[index], arch) == "matrix"
-        return code[index].mnemonic.startswith("v_exp_")
+    def holds(span: tuple[int, int], test: Callable[[Instruction], bool]) -> bool:
+        return any(test(code[index]) for index in range(span[0], span[1] + 1))
 
-    hot = [span for span in spans(program) if any(is_hot(index) for index in range(span[0], span[1] + 1))]
-    innermost = [
-        (first, last)
-        for first, last in hot
-        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in hot)
-    ]
+    def is_matrix(instruction: Instruction) -> bool:
+        return kind(instruction, arch) == "matrix"
+
+    matrix = [span for span in all_spans if holds(span, is_matrix)]
+    exponential = [span for span in all_spans if holds(span, lambda x: x.mnemonic.startswith("v_exp_"))]
+    hot = [span for span in matrix if span in exponential] or matrix or exponential
     found = []
-    for first, last in innermost:
+    for first, last in hot:
+        if any((a, b) != (first, last) and first <= a and b <= last for a, b in hot):
+            continue
         ways = _ways(program, first, last, arch)
         if ways is not None:
-            found.append(Loop(first, last, *(count(way, arch) for way in ways)))
+            nested = [(a, b) for a, b in all_spans if first < a and b < last]
+            again = [index for a, b in nested for index in range(a, b + 1)] * (inner_trips - 1)
+            repeated = [code[index] for index in again]
+            found.append(Loop(first, last, *(count([*way, *repeated], arch) for way in ways)))
     return found
 
 

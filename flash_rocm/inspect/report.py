@@ -14,7 +14,7 @@ from .counts import InspectError, Mix, flop_rate
 from .loops import full_and_masked, hot_loops, loop_scratch
 
 #: Changes when a stored report can no longer be read.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +86,13 @@ class Work:
         scores: elements of the score matrix, None where not known.
         flop_per_score: 4 * headdim forward, 10 * headdim for the kernels of a backward together.
         itemsize: bytes of an element of q.
+        chunks: how many pieces the head dim is taken in.
     """
 
     scores: float | None
     flop_per_score: int
     itemsize: int
+    chunks: int = 1
 
 
 def amd_report(case: Case, program: Program, resources: Resources, num_warps: int, work: Work, **facts: Any) -> Report:
@@ -106,7 +108,7 @@ def amd_report(case: Case, program: Program, resources: Resources, num_warps: in
     chip = CHIPS[case.arch]
     by_vgprs = chip.waves_by_vgprs(resources.vgprs + resources.agprs)
     by_lds = chip.waves_by_lds(resources.lds_bytes, num_warps)
-    mixes = full_and_masked(hot_loops(program, case.arch), case.arch)
+    mixes = full_and_masked(hot_loops(program, case.arch, work.chunks), case.arch)
     full, masked = (None if mix is None else _loop_report(mix, case.arch, work) for mix in mixes)
     return Report(
         case,
