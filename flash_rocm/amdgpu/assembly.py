@@ -164,3 +164,38 @@ def _objdump_program(name: str, base: int, lines: list[tuple[int, int, str, Inst
             raise AssemblyError(f"line {number + 1}: no instruction starts at the target of {raw.strip()!r}")
         targets[index] = index_of[address]
     return Program(name, tuple(instruction for *_, instruction in lines), {name: 0}, targets, addresses)
+
+
+def parse_objdump_code(text: str, name: str, entry: int) -> Program:
+    """The code from byte address ``entry`` to the end of its section, whatever symbols lie in between.
+
+    For hand-written code objects, whose labels are symbols.  Targets of branches come from their encoding.
+
+    Raises:
+        AssemblyError: no instruction starts at ``entry``, or a branch leaves the code.
+    """
+    instructions: list[Instruction] = []
+    addresses: list[int] = []
+    offsets: dict[int, int] = {}
+    for number, raw in enumerate(text.splitlines()):
+        place = _OBJDUMP_ADDRESS.search(raw)
+        if place is None or int(place.group(1), 16) < entry:
+            continue
+        words = place.group(2).split()
+        code = re.sub(r"\s+", " ", raw[: raw.index("//")].strip())
+        instruction = split_instruction(code, number, 4 * len(words))
+        if _DIRECT_BRANCH.match(instruction.mnemonic):
+            distance = int(words[0], 16) & 0xFFFF
+            offsets[len(instructions)] = distance - (distance >> 15 << 16)
+        instructions.append(instruction)
+        addresses.append(int(place.group(1), 16))
+    index_of = {address: index for index, address in enumerate(addresses)}
+    if entry not in index_of:
+        raise AssemblyError(f"expected an instruction of {name} at {entry:#x}, found none")
+    targets = {}
+    for index, distance in offsets.items():
+        address = addresses[index] + 4 + 4 * distance
+        # What follows the end of the program may be padding that only looks like a branch.
+        if address in index_of:
+            targets[index] = index_of[address]
+    return Program(name, tuple(instructions), {name: 0}, targets, tuple(addresses))

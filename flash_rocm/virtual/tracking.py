@@ -1,0 +1,268 @@
+"""Bookkeeping for the checks: loads in flight, undefined registers, LDS races.
+
+Registers are bits of one Python int (see ``machine.S_BIT``), so that the usual case, an instruction that
+touches no register under suspicion, costs one AND.  Only where that is not zero are the waves looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .errors import LdsRace, MissingWait, UninitialisedRead
+from .memory import put_bytes, take_bytes
+
+_S_BIT = 512
+_S_ROWS = 134
+#: SCC, NULL, EXEC, VCC-like rows that always hold something.
+_ALWAYS_DEFINED = (125, 126, 127, 128)
+
+
+def bits_of(mask: int) -> list[int]:
+    """Numbers of the bits set."""
+    found = []
+    while mask:
+        low = mask & -mask
+        found.append(low.bit_length() - 1)
+        mask ^= low
+    return found
+
+
+def register_name(bit: int, vgprs: int) -> str:
+    """The name of a register by its bit."""
+    if bit >= _S_BIT:
+        return {106: "vcc_lo", 107: "vcc_hi", 124: "m0"}.get(bit - _S_BIT, f"s{bit - _S_BIT}")
+    return f"v{bit}" if bit < vgprs else f"a{bit - vgprs}"
+
+
+class Tracker:
+    """Loads in flight per counter ("vm", "vs", "ds", "sm"), and registers nothing has written.
+
+    Each wave numbers what it issues on a counter; ``ready`` is the number of the load a register waits
+    for, ``done`` the last number a wait has covered.  What returns out of order (SMEM) is only
+    covered by a wait for zero.
+    """
+
+    COUNTERS = ("vm", "vs", "ds", "sm")
+
+    def __init__(self, waves: int, rows: int, gfx9: bool) -> None:
+        self.rows = rows
+        self.vgprs = rows
+        size = _S_BIT + _S_ROWS
+        self.issued = {c: np.zeros(waves, np.int32) for c in self.COUNTERS}
+        self.done = {c: np.zeros(waves, np.int32) for c in self.COUNTERS}
+        self.ready = {c: np.zeros((size, waves), np.int32) for c in self.COUNTERS}
+        self.pending = dict.fromkeys(self.COUNTERS, 0)
+        self.last_lds_write = np.zeros(waves, np.int32)
+        self.defined = np.zeros((size, waves), bool)
+        self.undefined = 0
+        self.watch = 0
+
+    def expect_defined(self, defined_sgprs: list[int], defined_vgprs: list[int]) -> None:
+        """From now on, report reads of registers that are not among these rows and not written since."""
+        always = [*defined_vgprs, *(_S_BIT + row for row in (*defined_sgprs, *_ALWAYS_DEFINED))]
+        self.defined[always] = True
+        everything = [*range(self.rows), *range(_S_BIT, _S_BIT + _S_ROWS)]
+        self.undefined = sum(1 << bit for bit in set(everything) - set(always))
+        self._update()
+
+    def _update(self) -> None:
+        watch = self.undefined
+        for mask in self.pending.values():
+            watch |= mask
+        self.watch = watch
+
+    def before(self, group: Any, step: Any) -> None:
+        """Check one instruction (a ``Step``) that touches a register under suspicion."""
+        self._check_pending(group, step.reads, step.writes, step.counter)
+        if self.undefined & (step.needs | step.writes):
+            self._spread_undefined(group, step.needs, step.writes, step.sink)
+
+    def before_condition(self, group: Any, reads: int) -> None:
+        """Check what a branch depends on."""
+        self._check_pending(group, reads, 0, None)
+        self._spread_undefined(group, reads, 0, True)
+
+    def _check_pending(self, group: Any, reads: int, writes: int, counter: str | None) -> None:
+        for name, mask in self.pending.items():
+            # Loads of one counter return in order and may write the same register.
+            touched = mask & (reads if name == counter else reads | writes)
+            if touched:
+                bits = bits_of(touched)
+                late = self.ready[name][bits][:, group.sel] > self.done[name][group.sel]
+                if late.any():
+                    bit = bits[int(np.nonzero(late.any(axis=1))[0][0])]
+                    raise MissingWait(f"{register_name(bit, self.vgprs)} is used before the wait for its load ({name})")
+
+    def _spread_undefined(self, group: Any, reads: int, writes: int, sink: bool) -> None:
+        """Results of undefined sources are undefined; a sink must not have any.
+
+        A sink is where undefined values do harm: addresses, stored data, conditions.  Anything else only
+        hands them on, as compilers let instructions compute with parts that are never used.
+        """
+        missing: Any = np.zeros(1, bool)
+        sources = self.undefined & reads
+        if sources:
+            bits = bits_of(sources)
+            lacking = ~self.defined[bits][:, group.sel]
+            missing = lacking.any(axis=0)
+            if sink and missing.any():
+                bit = bits[int(np.nonzero(lacking.any(axis=1))[0][0])]
+                raise UninitialisedRead(f"{register_name(bit, self.vgprs)} is used, and nothing has given it a value")
+        spread = bool(missing.any())
+        for bit in bits_of(writes if spread else self.undefined & writes):
+            self.defined[bit, group.sel] = ~missing
+            if self.defined[bit].all():
+                self.undefined &= ~(1 << bit)
+            else:
+                self.undefined |= 1 << bit
+        self._update()
+
+    def issue(self, group: Any, counter: str, registers: list[int], mask: int) -> None:
+        """Count one memory instruction; ``registers`` (bits, also as ``mask``) are what it loads."""
+        issued = self.issued[counter]
+        issued[group.sel] += 1
+        if registers:
+            now = issued[group.sel]
+            ready = self.ready[counter]
+            for bit in registers:
+                ready[bit, group.sel] = now
+            self.pending[counter] |= mask
+            self.watch |= mask
+
+    def wait(self, group: Any, counter: str, outstanding: int) -> None:
+        """At most ``outstanding`` of the counter are left."""
+        done = self.done[counter]
+        if counter == "sm" and outstanding:
+            return
+        done[group.sel] = np.maximum(done[group.sel], self.issued[counter][group.sel] - outstanding)
+        if self.pending[counter]:
+            bits = bits_of(self.pending[counter])
+            left = (self.ready[counter][bits] > done).any(axis=1)
+            self.pending[counter] = sum(1 << bit for bit, late in zip(bits, left, strict=True) if late)
+            self._update()
+
+    def check_barrier(self, group: Any) -> None:
+        """A wave at a barrier has waited for its LDS writes."""
+        late = self.last_lds_write[group.sel] > self.done["ds"][group.sel]
+        if late.any():
+            raise MissingWait("a wave enters a barrier before its LDS writes are waited for")
+
+    def lds_written(self, group: Any) -> None:
+        """The LDS instruction just counted writes."""
+        self.last_lds_write[group.sel] = self.issued["ds"][group.sel]
+
+
+class LdsShadow:
+    """Who read and wrote each granule of LDS since the last barrier, and whether it was ever written.
+
+    One word per granule: a bit per wave that wrote it, a bit per wave that read it, and the highest bit
+    once written.  A granule is the smallest LDS store of the kernel, so that neighbours do not clash.
+    """
+
+    def __init__(self, workgroups: int, stride: int, granule: int, waves_each: int, races: bool, written: bool) -> None:
+        self.granule, self.races, self.written = granule, races, written
+        self.dtype = np.dtype(np.uint32 if waves_each <= 15 else np.uint64)
+        # 32 waves share 31 bits: a race between the first and the last of them would go unseen.
+        self.limit = 15 if waves_each <= 15 else 31
+        self.state = np.zeros(workgroups * stride // granule, self.dtype)
+        self.per_workgroup = stride // granule
+        self.ever = self.dtype.type(1 << (self.dtype.itemsize * 8 - 1))
+        # Loads from memory to LDS in flight: number of the load, and its wave, per granule.
+        self.landing: np.ndarray | None = None
+        self.landing_wave: np.ndarray | None = None
+
+    def _units(self, places: np.ndarray, size: int) -> np.ndarray:
+        """Granules of accesses of ``size`` bytes at bytes ``places``: int64 [n, granules]."""
+        first = places // self.granule
+        count = max(size // self.granule, 1)
+        return first[:, None] + np.arange(count) if count > 1 else first[:, None]
+
+    def read(self, group: Any, waves: np.ndarray, places: np.ndarray, size: int) -> None:
+        """Note a read.
+
+        Args:
+            waves: int [n], wave (of its workgroup) of each active lane; equal waves need not be adjacent.
+            places: int64 [n], byte in the LDS of the batch.
+        """
+        units = self._units(places, size)
+        if self.landing is not None and self.landing_wave is not None:
+            self._check_landing(group, units)
+        state, kind, present = self.state, self.dtype.type, np.unique(waves)
+        for wave in present:
+            mine = units if present.size == 1 else units[waves == wave]
+            bit = 1 << (int(wave) % self.limit)
+            before = state[mine]
+            if self.written and not (before >= self.ever).all():
+                where = int(mine[before < self.ever][0]) % self.per_workgroup * self.granule
+                raise UninitialisedRead(f"read of LDS byte {where}, which nothing has written")
+            if self.races:
+                clash = before & kind((1 << self.limit) - 1 & ~bit)
+                # A wave that wrote the same bytes itself knows what it reads, see write().
+                clash[before & kind(bit) != 0] = 0
+                if clash.any():
+                    self._report(int(wave), mine, clash, False)
+            state[mine] = before | kind(bit << self.limit)
+
+    def write(self, waves: np.ndarray, places: np.ndarray, data: np.ndarray, lds: np.ndarray) -> None:
+        """Write uint8 [n, size] to ``lds``, wave after wave, noting it.
+
+        A wave that writes what is there already does not race: layouts that repeat a value in several
+        waves let each of them store it.
+        """
+        size = data.shape[1]
+        units = self._units(places, size)
+        kind, present = self.dtype.type, np.unique(waves)
+        for wave in present:
+            chosen = slice(None) if present.size == 1 else waves == wave
+            mine, values, where = units[chosen], data[chosen], places[chosen]
+            bit = 1 << (int(wave) % self.limit)
+            before = self.state[mine]
+            if self.races:
+                clash = before & kind((1 << 2 * self.limit) - 1 & ~(bit | bit << self.limit))
+                if clash.any():
+                    clash[(take_bytes(lds, where, size) == values).all(axis=1)] = 0
+                    if clash.any():
+                        self._report(int(wave), mine, clash, True)
+            self.state[mine] = before | kind(bit) | self.ever
+            put_bytes(lds, where, values)
+
+    def _report(self, wave: int, units: np.ndarray, clash: np.ndarray, write: bool) -> None:
+        first = tuple(int(x[0]) for x in np.nonzero(clash))
+        other = bits_of(int(clash[first]))[0]
+        did = "wrote" if other < self.limit else "read"
+        unit = int(units[first])
+        raise LdsRace(
+            f"wave {wave} {'writes' if write else 'reads'} LDS byte {unit % self.per_workgroup * self.granule} of "
+            f"workgroup {unit // self.per_workgroup} of the batch, which wave {other % self.limit} {did} "
+            "since the last barrier"
+        )
+
+    def barrier(self, workgroups: np.ndarray) -> None:
+        """These workgroups have passed a barrier."""
+        by_workgroup = self.state.reshape(-1, self.per_workgroup)
+        by_workgroup[workgroups] &= self.ever
+
+    def landed_by_load(self, waves: np.ndarray, places: np.ndarray, size: int, numbers: np.ndarray) -> None:
+        """Loads from memory write here once their vmcnt wait is over.
+
+        Args:
+            waves: int [n], wave of the batch.
+            numbers: int32 [n], number of the load on the wave's counter.
+        """
+        if self.landing is None or self.landing_wave is None:
+            self.landing = np.zeros(self.state.size, np.int32)
+            self.landing_wave = np.zeros(self.state.size, np.int32)
+        units = self._units(places, size)
+        self.landing[units] = numbers[:, None]
+        self.landing_wave[units] = waves[:, None]
+
+    def _check_landing(self, group: Any, units: np.ndarray) -> None:
+        if self.landing is None or self.landing_wave is None or group.m.tracker is None:
+            return
+        done = group.m.tracker.done["vm"]
+        late = self.landing[units] > done[self.landing_wave[units]]
+        if late.any():
+            where = int(units[late][0]) % self.per_workgroup * self.granule
+            raise MissingWait(f"LDS byte {where} is read before the wait for the load that writes it (vm)")
