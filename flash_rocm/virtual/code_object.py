@@ -148,6 +148,9 @@ def load_code_object(
     metadata = kernels[0 if kernel is None else names.index(kernel)]
     raw, address = _descriptor_bytes(elf, metadata[".symbol"])
     descriptor = _parse_descriptor(raw, arch)
+    # Hand-written descriptors leave the size 0.
+    kernarg_bytes = max(descriptor.kernarg_bytes, metadata.get(".kernarg_segment_size", 0))
+    descriptor = dataclasses.replace(descriptor, kernarg_bytes=kernarg_bytes)
     name = metadata[".name"]
     if assembly is None:
         program = parse_objdump_code(_disassemble(hsaco), name, address + struct.unpack_from("<q", raw, 16)[0])

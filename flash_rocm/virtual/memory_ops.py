@@ -244,7 +244,9 @@ def put_lds(g: Group, data: np.ndarray, offset: int) -> None:
     """Bytes that went past the registers: LDS address M0 + offset + lane * size of each wave."""
     size = data.shape[1]
     lane = np.arange(g.m.lanes, dtype=np.int64) * size
-    address = active(g, (g.S[M0] & _U32(0xFFFF)).astype(np.int64)[:, None] + offset + lane)
+    # 16 bits, until gfx950 brought more LDS than they reach.
+    start = g.S[M0] & _U32(0x3FFFF if g.m.code.arch == "gfx950" else 0xFFFF)
+    address = active(g, start.astype(np.int64)[:, None] + offset + lane)
     from .lds_ops import lds_places, put_places  # a cycle: LDS loads share the helpers of this module
 
     places = lds_places(g, address, size)

@@ -111,7 +111,8 @@ def parse_operand(text: str, descriptor: Descriptor) -> Operand:
         row = int(single if single is not None else first)
         count = int(last) - row + 1 if last is not None else 1
         if kind in "va":
-            limit = descriptor.vgprs if kind == "v" else descriptor.agprs
+            # One register file: VGPR numbers may reach into the AGPRs behind them, as AMD's assembly does.
+            limit = descriptor.agprs + (descriptor.vgprs if kind == "v" else 0)
             if row + count > limit:
                 raise UnsupportedInstruction(f"register {text!r}: the kernel has {limit} of them")
             return Operand("v", text, row + (descriptor.vgprs if kind == "a" else 0), count, half=half or "", **flags)
