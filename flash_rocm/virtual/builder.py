@@ -350,7 +350,14 @@ class Builder:
         row = operand.row
         if row == EXEC:
             raise self.unsupported("EXEC as a result")
-        return lambda g, value: g.put_lanes(row, np.broadcast_to(value, g.mask.shape) & g.mask)
+
+        def put(g: Group, value: Any) -> None:
+            if g.full and value.shape == g.mask.shape:
+                g.put_lanes(row, value)
+            else:
+                g.put_lanes(row, np.broadcast_to(value, g.mask.shape) & g.mask)
+
+        return put
 
     # Scalars
 

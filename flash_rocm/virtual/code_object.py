@@ -60,7 +60,7 @@ class Argument:
     kind: str  # "global_buffer", "by_value", "hidden_block_count_x", ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class CodeObject:
     """One kernel ready to launch."""
 

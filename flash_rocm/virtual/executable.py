@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -56,11 +57,10 @@ class Block:
     condition: Condition | None = None
     condition_reads: int = 0
     text: str = ""
-    runs: int = 0  # wave executions, for the statistics
 
 
 class Executable:
-    """Compiled blocks of a code object."""
+    """Compiled blocks of a code object, which all its launches share; see :func:`executable_of`."""
 
     def __init__(self, code: CodeObject) -> None:
         self.code = code
@@ -132,6 +132,17 @@ class Executable:
             rows += tuple(builder.float_rows)
         sink = first.counter is not None or name.startswith(("s_cmp", "s_bitcmp")) or bool(writes >> S_BIT + EXEC & 3)
         return Step(run, index, instruction.text, reads, needs, writes, first.counter, sink, rows)
+
+
+_EXECUTABLES: weakref.WeakKeyDictionary[CodeObject, Executable] = weakref.WeakKeyDictionary()
+
+
+def executable_of(code: CodeObject) -> Executable:
+    """What is compiled of a code object so far."""
+    found = _EXECUTABLES.get(code)
+    if found is None:
+        found = _EXECUTABLES[code] = Executable(code)
+    return found
 
 
 def _both(handlers: list[Handler]) -> Handler:

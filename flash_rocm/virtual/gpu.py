@@ -11,7 +11,7 @@ import numpy as np
 from .checks import Checks
 from .code_object import ARCHS, CodeObject
 from .errors import CodeObjectError, NanWritten, UnsupportedInstruction
-from .executable import Executable, Step
+from .executable import Step, executable_of
 from .machine import SCRATCH_BASE, TTMP, Group, Machine
 from .memory import Memory
 from .scheduler import Scheduler
@@ -69,7 +69,7 @@ class VirtualGpu:
         breakpoints: Mapping[int, Callable[[Registers], None]] | None = None,
         stop_at_nan: bool = False,
         max_wave_instructions: int = 1 << 40,
-        max_waves: int = 256,
+        max_waves: int = 512,
     ) -> LaunchStats:
         """Run a kernel to the end.
 
@@ -101,7 +101,7 @@ class VirtualGpu:
         if not 0 < threads <= code.max_threads:
             raise ValueError(f"block_threads: expected 1 to {code.max_threads} for {code.name}, got {block_threads}")
         checks = checks or Checks()
-        executable = Executable(code)
+        executable = executable_of(code)
         hooks = _hooks(code, trace, breakpoints, stop_at_nan)
         waves_each = -(-threads // code.descriptor.wave_size)
         total = grid[0] * grid[1] * grid[2]
@@ -111,7 +111,7 @@ class VirtualGpu:
         self.memory.begin_launch(executable.store_granule)
         measured = Measurements() if measure else None
         address = self.memory.add("kernarg", arguments if arguments.size else np.zeros(4, np.uint8), writable=False)
-        executed = 0
+        executed, runs = 0, dict[int, int]()
         try:
             for first in range(0, total, each):
                 numbers = np.arange(first, min(first + each, total), dtype=np.int32)
@@ -122,11 +122,11 @@ class VirtualGpu:
                     machine.shadow = LdsShadow(
                         numbers.size, machine.lds_stride, executable.lds_granule, waves_each, checks.races, checks.lds
                     )
-                executed += Scheduler(machine, executable, order, hooks, max_wave_instructions - executed).run()
+                executed += Scheduler(machine, executable, order, hooks, max_wave_instructions - executed, runs).run()
         finally:
             self.memory.remove("kernarg")
         return LaunchStats(
-            per_instruction=count_blocks(executable),
+            per_instruction=count_blocks(executable, runs),
             program=code.program,
             wave_instructions=executed,
             waves=total * waves_each,

@@ -32,8 +32,7 @@ def lds_places(g: Group, address: np.ndarray, size: int) -> np.ndarray:
         raise MemoryFault(f"LDS access of {size} bytes at {highest}, past its end ({limit} bytes)")
     if g.m.checks.alignment and size > 1 and (address & (min(size & -size, _ALIGNED) - 1)).any():
         raise MemoryFault(f"misaligned LDS access of {size} bytes")
-    base = active(g, (g.m.workgroup[g.sel].astype(np.int64) * g.m.lds_stride)[:, None])
-    return base + address
+    return active(g, g.lds_base()) + address
 
 
 def _measure(g: Group, places: np.ndarray, size: int) -> None:
@@ -45,7 +44,7 @@ def read_lds(g: Group, address: np.ndarray, size: int) -> np.ndarray:
     """uint8 [active, size] at LDS addresses (int64 [active])."""
     places = lds_places(g, address, size)
     if g.m.shadow is not None and places.size:
-        g.m.shadow.read(g, active(g, g.m.local_wave[g.sel][:, None]), places, size)
+        g.m.shadow.read(g, places, size)
     _measure(g, places, size)
     return take_bytes(g.m.lds, places, size)
 
@@ -62,7 +61,7 @@ def write_lds(g: Group, address: np.ndarray, data: np.ndarray) -> None:
 def put_places(g: Group, places: np.ndarray, data: np.ndarray) -> None:
     """Write uint8 [active, size] at checked places in the LDS of the batch."""
     if g.m.shadow is not None and places.size:
-        g.m.shadow.write(active(g, g.m.local_wave[g.sel][:, None]), places, data, g.m.lds)
+        g.m.shadow.write(g, places, data, g.m.lds)
     else:
         put_bytes(g.m.lds, places, data)
 

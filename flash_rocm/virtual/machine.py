@@ -106,7 +106,7 @@ class Group:
     the rows are views that may be written in place.
     """
 
-    __slots__ = ("m", "sel", "index", "n", "V", "F", "I", "S", "SI", "full", "fast", "direct", "mask", "_mask32")
+    __slots__ = ("m", "sel", "index", "n", "V", "F", "I", "S", "SI", "full", "fast", "direct", "mask", "_mask32", "_bases")
 
     def __init__(self, machine: Machine, index: np.ndarray) -> None:
         self.m, self.index, self.n = machine, index, index.size
@@ -122,6 +122,7 @@ class Group:
             self.sel = index
             self.V, self.F, self.I = (_Gathered(x, index) for x in (machine.V, machine.F, machine.I))
             self.S, self.SI = _Gathered(machine.S, index), _Gathered(machine.S.view(np.int32), index)
+        self._bases: dict[int, np.ndarray] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -150,6 +151,29 @@ class Group:
         """Like :meth:`put`, for active lanes where ``where`` (bool [n, lane]) holds."""
         old = self.V[row]
         self.V[row] = old ^ ((old ^ value) & ones_where(where & self.mask))
+
+    def active_lanes(self, values: Any) -> np.ndarray:
+        """[n, lane] (or what broadcasts to it) to the active lanes in a row."""
+        if self.full and values.shape == self.mask.shape:
+            return values.reshape(-1)
+        values = np.broadcast_to(values, self.mask.shape)
+        return values.reshape(-1) if self.full else values[self.mask]
+
+    def lds_base(self) -> np.ndarray:
+        """Byte at which each lane's workgroup's part of the LDS starts: int64 [n, lane]."""
+        if 0 not in self._bases:
+            base = self.m.workgroup[self.sel].astype(np.int64) * self.m.lds_stride
+            self._bases[0] = np.repeat(base, self.m.lanes).reshape(self.n, -1)
+        return self._bases[0]
+
+    def reader_base(self, per_workgroup: int) -> np.ndarray:
+        """What to add to a granule's number in the batch to get each wave's own copy of it: int64 [n, lane]."""
+        if 1 not in self._bases:
+            m = self.m
+            workgroup, wave = m.workgroup[self.sel].astype(np.int64), m.local_wave[self.sel].astype(np.int64)
+            base = (workgroup * (m.waves_each - 1) + wave) * per_workgroup
+            self._bases[1] = np.repeat(base, m.lanes).reshape(self.n, -1)
+        return self._bases[1]
 
     def lanes(self, row: int) -> np.ndarray:
         """The mask in SGPRs ``row`` (and the next, for 64 lanes) as bool [n, lane]."""

@@ -67,52 +67,60 @@ def _flush_halves(bits: Any, kind: str) -> Any:
     return np.where(bits & exponent == 0, bits & 0x8000, bits)
 
 
-def _converter(kind: str, arch: str) -> tuple[Any, Callable[[Any], Any]]:
-    """(dtype of an element's bits, function to float32)."""
+Unpack = Callable[[np.ndarray, np.ndarray], None]
+
+
+def _unpacker(kind: str, arch: str) -> tuple[int, Unpack]:
+    """(values in a register, function from uint32 [waves, lane] that fills float32 [waves, value, lane])."""
     if kind == "f32":
-        return np.uint32, lambda bits: bits.view(np.float32)
+
+        def whole(bits: np.ndarray, out: np.ndarray) -> None:
+            out[:, 0] = bits.view(np.float32)
+
+        return 1, whole
     if kind in ("fp8", "bf8"):
         table = _FP8[kind, arch == "gfx942"]
-        return np.uint8, table.take
+
+        def bytes_of(bits: np.ndarray, out: np.ndarray) -> None:
+            for byte in range(4):
+                out[:, byte] = table.take(bits >> _U32(8 * byte) & _U32(0xFF))
+
+        return 4, bytes_of
     flush = arch == "gfx90a"
     if kind == "f16":
-        return np.uint16, (lambda x: f16_to_f32(_flush_halves(x, "f16"))) if flush else f16_to_f32
 
-    def bf16(bits: Any) -> Any:
+        def halves(bits: np.ndarray, out: np.ndarray) -> None:
+            for half in range(2):
+                part = bits >> _U32(16 * half) & _U32(0xFFFF)
+                out[:, half] = f16_to_f32(_flush_halves(part, "f16") if flush else part)
+
+        return 2, halves
+
+    def bf16(bits: np.ndarray, out: np.ndarray) -> None:
+        np.left_shift(bits, _U32(16), out=out[:, 0].view(_U32))
+        np.bitwise_and(bits, _U32(0xFFFF0000), out=out[:, 1].view(_U32))
         if flush:
-            bits = _flush_halves(bits, "bf16")
-        return (bits.astype(_U32) << _U32(16)).view(np.float32)
+            # The exponent is where that of float32 is.
+            out[:] = flush_f32(out)
 
-    return np.uint16, bf16
+    return 2, bf16
 
 
 def _matrix_source(b: Builder, k: int, kind: str, rows: int, depth: int) -> Getter:
-    """float32 [waves, rows, depth] of source ``k``."""
-    dtype, convert = _converter(kind, b.arch)
-    groups = b.lanes // rows
-    each = depth // groups
-    registers = each * np.dtype(dtype).itemsize // 4
+    """float32 [waves, depth, rows] of source ``k``; both sources order the depth alike, by register first."""
+    each, unpack = _unpacker(kind, b.arch)
+    registers = depth * rows // b.lanes // each
     operand = b.expect(b.first_source + k, "v", registers)
     b.read_bits(operand)
     row = operand.row
 
     def get(g: Group) -> Any:
-        if registers == 1:
-            raw = np.ascontiguousarray(g.V[row])
-        else:
-            raw = np.ascontiguousarray(g.V[row : row + registers].transpose(1, 2, 0))
-        values = convert(raw.view(dtype).reshape(g.n, groups, rows, each))
-        return values.transpose(0, 2, 1, 3).reshape(g.n, rows, depth)
+        values = np.empty((g.n, registers, each, b.lanes), np.float32)
+        for register in range(registers):
+            unpack(g.V[row + register], values[:, register])
+        return values.reshape(g.n, depth, rows)
 
     return get
-
-
-def result_rows(product: np.ndarray) -> np.ndarray:
-    """[waves, M, M] to registers: [register, waves, lane]."""
-    waves, size, _ = product.shape
-    if size == 16:
-        return product.reshape(waves, 4, 4, 16).transpose(2, 0, 1, 3).reshape(4, waves, 64)
-    return product.reshape(waves, 4, 2, 4, 32).transpose(1, 3, 0, 2, 4).reshape(16, waves, 64)
 
 
 def _addend(b: Builder, registers: int) -> Getter:
@@ -123,6 +131,10 @@ def _addend(b: Builder, registers: int) -> Getter:
     operand = b.expect(3, "v", registers)
     b.read_bits(operand)
     row = operand.row
+    result = b.operands[0].row
+    if row != result and abs(row - result) < registers:
+        # Registers shared in part would be overwritten before they are read.
+        return lambda g: np.array(g.F[row : row + registers])
     return lambda g: g.F[row : row + registers]
 
 
@@ -142,10 +154,18 @@ def compile_mfma(b: Builder) -> Handler:
     b.float_rows += b.write_bits(destination)
     row, flush = destination.row, b.arch == "gfx90a" and first_kind != "f32"
 
+    groups = b.lanes // size
+
     def run(g: Group) -> None:
-        product = result_rows(first(g) @ second(g).transpose(0, 2, 1))
-        total = product + addend(g)
-        g.F[row : row + registers] = flush_f32(total) if flush else total
+        product = first(g).transpose(0, 2, 1) @ second(g)
+        # Row of register r in lane group j: 4 j + r, for 32 rows 8 (r // 4) + 4 j + r % 4.
+        rows = product.reshape(g.n, size // (4 * groups), groups, 4, size)
+        start = addend(g)
+        for register in range(registers):
+            place = row + register
+            part = rows[:, register // 4, :, register % 4, :].reshape(g.n, b.lanes)
+            total = part + (start[register] if start.ndim else start)
+            g.F[place] = flush_f32(total) if flush else total
 
     return run
 

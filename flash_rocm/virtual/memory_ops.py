@@ -93,8 +93,7 @@ def smallest_store(names: set[str]) -> int:
 
 def active(g: Group, values: Any) -> np.ndarray:
     """[n, lane] (or what broadcasts to it) to the active lanes in a row."""
-    values = np.broadcast_to(values, g.mask.shape)
-    return values.reshape(-1) if g.full else values[g.mask]
+    return g.active_lanes(values)
 
 
 def put_active(g: Group, row: int, values: np.ndarray) -> None:

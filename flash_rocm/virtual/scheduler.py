@@ -57,12 +57,19 @@ class Scheduler:
     """Runs one machine to the end."""
 
     def __init__(
-        self, machine: Machine, executable: Executable, order: str, hooks: tuple[Any, Any] | None, limit: int
+        self,
+        machine: Machine,
+        executable: Executable,
+        order: str,
+        hooks: tuple[Any, Any] | None,
+        limit: int,
+        runs: dict[int, int],
     ) -> None:
+        """``runs`` counts wave executions of blocks by their start; ``limit``: wave-instructions allowed."""
         self.m, self.executable = machine, executable
         self.phases = phases(order)
         self.hooks = hooks
-        self.limit = limit
+        self.limit, self.runs = limit, runs
         self.executed = 0
         self._groups: dict[bytes, Group] = {}
 
@@ -113,7 +120,7 @@ class Scheduler:
         """Where all waves of the group go next; None where they stopped or parted."""
         tracker = self.m.tracker
         step: Step | None = None
-        block.runs += group.n
+        self.runs[block.start] = self.runs.get(block.start, 0) + group.n
         self.executed += group.n * (len(block.steps) + (block.end != "fall"))
         if self.executed > self.limit:
             raise InstructionLimit(f"more than {self.limit} wave-instructions")

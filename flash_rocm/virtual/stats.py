@@ -119,9 +119,9 @@ class LaunchStats:
         return total
 
 
-def count_blocks(executable: Executable) -> np.ndarray:
-    """Wave executions of each instruction, from those of the blocks."""
+def count_blocks(executable: Executable, runs: dict[int, int]) -> np.ndarray:
+    """Wave executions of each instruction, from those of the blocks by their start."""
     counts = np.zeros(len(executable.instructions), np.int64)
-    for block in executable.blocks.values():
-        counts[block.start : block.next] += block.runs
+    for start, waves in runs.items():
+        counts[start : executable.blocks[start].next] += waves
     return counts

@@ -154,21 +154,28 @@ class Tracker:
         self.last_lds_write[group.sel] = self.issued["ds"][group.sel]
 
 
+#: Words that hold several granules' states at once, by bytes.
+_WIDE: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
 class LdsShadow:
     """Who read and wrote each granule of LDS since the last barrier, and whether it was ever written.
 
-    One word per granule: a bit per wave that wrote it, a bit per wave that read it, and the highest bit
-    once written.  A granule is the smallest LDS store of the kernel, so that neighbours do not clash.
+    ``state`` has a word per granule: a bit per wave that wrote it since the barrier, and the highest bit once
+    anything was written.  ``readers`` has a byte per wave of the batch and granule.  A granule is the
+    smallest LDS store of the kernel, so that neighbours do not clash.
     """
 
     def __init__(self, workgroups: int, stride: int, granule: int, waves_each: int, races: bool, written: bool) -> None:
-        self.granule, self.races, self.written = granule, races, written
-        self.dtype = np.dtype(np.uint32 if waves_each <= 15 else np.uint64)
-        # 32 waves share 31 bits: a race between the first and the last of them would go unseen.
-        self.limit = 15 if waves_each <= 15 else 31
-        self.state = np.zeros(workgroups * stride // granule, self.dtype)
+        self.granule, self.races, self.written, self.waves_each = granule, races, written, waves_each
+        self.dtype = np.dtype(np.uint16 if waves_each <= 15 else np.uint32 if waves_each <= 31 else np.uint64)
+        self.bits = self.dtype.itemsize * 8
+        # 32 waves share the 63 bits beside the highest one with room to spare.
+        self.ever = 1 << (self.bits - 1)
         self.per_workgroup = stride // granule
-        self.ever = self.dtype.type(1 << (self.dtype.itemsize * 8 - 1))
+        self.state = np.zeros(workgroups * self.per_workgroup, self.dtype)
+        self.readers = np.zeros(workgroups * waves_each * self.per_workgroup, np.uint8)
+        self.read_since = np.zeros(workgroups, bool)
         # Loads from memory to LDS in flight: number of the load, and its wave, per granule.
         self.landing: np.ndarray | None = None
         self.landing_wave: np.ndarray | None = None
@@ -179,70 +186,124 @@ class LdsShadow:
         count = max(size // self.granule, 1)
         return first[:, None] + np.arange(count) if count > 1 else first[:, None]
 
-    def read(self, group: Any, waves: np.ndarray, places: np.ndarray, size: int) -> None:
-        """Note a read.
+    def read(self, group: Any, places: np.ndarray, size: int) -> None:
+        """Note a read; ``places``: int64 [n], byte in the LDS of the batch for each active lane."""
+        if self.landing is not None:
+            self._check_landing(group, self._units(places, size))
+        count = max(size // self.granule, 1)
+        word = self.dtype.itemsize * count
+        base = group.active_lanes(group.reader_base(self.per_workgroup))
+        if word not in _WIDE or (count > 1 and (places & (size - 1)).any()):
+            self._read_slowly(group, places, size, base)
+            return
+        # All granules of an access in one word.
+        place = places // size if count > 1 else places // self.granule
+        found = self.state.view(_WIDE[word]).take(place)
+        every = sum(self.ever << (self.bits * i) for i in range(count))
+        if self.written and int(np.bitwise_and.reduce(found)) & every != every:
+            self._read_slowly(group, places, size, base)
+        if self.races:
+            if int(np.bitwise_or.reduce(found)) & ~every:
+                self._read_slowly(group, places, size, base)
+            flags = _WIDE[count](int.from_bytes(bytes([1]) * count, "little"))
+            self.readers.view(_WIDE[count])[base // count + place] = flags
+            self.read_since[group.m.workgroup[group.sel]] = True
 
-        Args:
-            waves: int [n], wave (of its workgroup) of each active lane; equal waves need not be adjacent.
-            places: int64 [n], byte in the LDS of the batch.
-        """
-        units = self._units(places, size)
-        if self.landing is not None and self.landing_wave is not None:
-            self._check_landing(group, units)
-        state, kind, present = self.state, self.dtype.type, np.unique(waves)
-        for wave in present:
-            mine = units if present.size == 1 else units[waves == wave]
-            bit = 1 << (int(wave) % self.limit)
-            before = state[mine]
-            if self.written and not (before >= self.ever).all():
-                where = int(mine[before < self.ever][0]) % self.per_workgroup * self.granule
-                raise UninitialisedRead(f"read of LDS byte {where}, which nothing has written")
-            if self.races:
-                clash = before & kind((1 << self.limit) - 1 & ~bit)
-                # A wave that wrote the same bytes itself knows what it reads, see write().
-                clash[before & kind(bit) != 0] = 0
-                if clash.any():
-                    self._report(int(wave), mine, clash, False)
-            state[mine] = before | kind(bit << self.limit)
+    def _read_slowly(self, group: Any, places: np.ndarray, size: int, base: np.ndarray) -> None:
+        units, kind = self._units(places, size), self.dtype.type
+        found = self.state[units]
+        if self.written and not (found >= kind(self.ever)).all():
+            where = int(units[found < kind(self.ever)][0]) % self.per_workgroup * self.granule
+            raise UninitialisedRead(f"read of LDS byte {where}, which nothing has written")
+        if not self.races:
+            return
+        waves = group.active_lanes(group.m.local_wave[group.sel][:, None])
+        own = (np.uint64(1) << waves.astype(np.uint64)).astype(self.dtype)[:, None]
+        clash = found & kind(self.ever - 1) & ~own
+        # A wave that wrote the same bytes itself knows what it reads, see write().
+        clash[found & own != 0] = 0
+        if clash.any():
+            lane, part = (int(x[0]) for x in np.nonzero(clash))
+            self._report(int(waves[lane]), int(units[lane, part]), "reads", bits_of(int(clash[lane, part]))[0], "wrote")
+        self.readers[base[:, None] + units] = 1
+        self.read_since[group.m.workgroup[group.sel]] = True
 
-    def write(self, waves: np.ndarray, places: np.ndarray, data: np.ndarray, lds: np.ndarray) -> None:
+    def write(self, group: Any, places: np.ndarray, data: np.ndarray, lds: np.ndarray) -> None:
         """Write uint8 [n, size] to ``lds``, wave after wave, noting it.
 
         A wave that writes what is there already does not race: layouts that repeat a value in several
         waves let each of them store it.
         """
-        size = data.shape[1]
+        size, kind = data.shape[1], self.dtype.type
+        if self._write_at_once(group, places, size):
+            put_bytes(lds, places, data)
+            return
         units = self._units(places, size)
-        kind, present = self.dtype.type, np.unique(waves)
+        waves = group.active_lanes(group.m.local_wave[group.sel][:, None])
+        present = np.unique(group.m.local_wave[group.sel])
+        read_before = self.races and bool(self.read_since[group.m.workgroup[group.sel]].any())
         for wave in present:
             chosen = slice(None) if present.size == 1 else waves == wave
             mine, values, where = units[chosen], data[chosen], places[chosen]
-            bit = 1 << (int(wave) % self.limit)
+            own = kind(1 << int(wave))
             before = self.state[mine]
             if self.races:
-                clash = before & kind((1 << 2 * self.limit) - 1 & ~(bit | bit << self.limit))
-                if clash.any():
-                    clash[(take_bytes(lds, where, size) == values).all(axis=1)] = 0
-                    if clash.any():
-                        self._report(int(wave), mine, clash, True)
-            self.state[mine] = before | kind(bit) | self.ever
+                clash = before & ~(own | kind(self.ever))
+                if clash.any() or read_before:
+                    changed = (take_bytes(lds, where, size) != values).any(axis=1)
+                    self._check_write(int(wave), mine[changed], clash[changed])
+            self.state[mine] = before | (own | kind(self.ever))
             put_bytes(lds, where, values)
 
-    def _report(self, wave: int, units: np.ndarray, clash: np.ndarray, write: bool) -> None:
-        first = tuple(int(x[0]) for x in np.nonzero(clash))
-        other = bits_of(int(clash[first]))[0]
-        did = "wrote" if other < self.limit else "read"
-        unit = int(units[first])
+    def _write_at_once(self, group: Any, places: np.ndarray, size: int) -> bool:
+        """Note a write of all waves together; False (and nothing noted) where one needs a closer look."""
+        count = max(size // self.granule, 1)
+        word = self.dtype.itemsize * count
+        if word not in _WIDE or (count > 1 and (places & (size - 1)).any()):
+            return False
+        if self.races and self.read_since[group.m.workgroup[group.sel]].any():
+            return False
+        place = places // size if count > 1 else places // self.granule
+        view = self.state.view(_WIDE[word])
+        found = view.take(place)
+        every = sum(self.ever << (self.bits * i) for i in range(count))
+        if self.races and int(np.bitwise_or.reduce(found)) & ~every:
+            return False
+        repeat = sum(1 << (self.bits * i) for i in range(count))
+        own = (np.uint64(1) << group.m.local_wave[group.sel].astype(np.uint64)).astype(_WIDE[word])
+        noted = found | group.active_lanes((own * _WIDE[word](repeat) | _WIDE[word](every))[:, None])
+        view[place] = noted
+        if (view.take(place) == noted).all():
+            return True
+        # Two waves at one place.
+        view[place] = found
+        return False
+
+    def _check_write(self, wave: int, units: np.ndarray, clash: np.ndarray) -> None:
+        if clash.any():
+            first = tuple(int(x[0]) for x in np.nonzero(clash))
+            self._report(wave, int(units[first]), "writes", bits_of(int(clash[first]))[0], "wrote")
+        workgroup = units // self.per_workgroup
+        base = units + workgroup * (self.waves_each - 1) * self.per_workgroup
+        for other in range(self.waves_each):
+            if other == wave or not units.size:
+                continue
+            seen = self.readers[base + other * self.per_workgroup]
+            if seen.any():
+                self._report(wave, int(units[seen != 0][0]), "writes", other, "read")
+
+    def _report(self, wave: int, unit: int, does: str, other: int, did: str) -> None:
         raise LdsRace(
-            f"wave {wave} {'writes' if write else 'reads'} LDS byte {unit % self.per_workgroup * self.granule} of "
-            f"workgroup {unit // self.per_workgroup} of the batch, which wave {other % self.limit} {did} "
-            "since the last barrier"
+            f"wave {wave} {does} LDS byte {unit % self.per_workgroup * self.granule} of workgroup "
+            f"{unit // self.per_workgroup} of the batch, which wave {other} {did} since the last barrier"
         )
 
     def barrier(self, workgroups: np.ndarray) -> None:
         """These workgroups have passed a barrier."""
-        by_workgroup = self.state.reshape(-1, self.per_workgroup)
-        by_workgroup[workgroups] &= self.ever
+        self.state.reshape(-1, self.per_workgroup)[workgroups] &= self.dtype.type(self.ever)
+        readers = self.readers.reshape(-1, self.waves_each * self.per_workgroup)
+        readers[workgroups[self.read_since[workgroups]]] = 0
+        self.read_since[workgroups] = False
 
     def landed_by_load(self, waves: np.ndarray, places: np.ndarray, size: int, numbers: np.ndarray) -> None:
         """Loads from memory write here once their vmcnt wait is over.
