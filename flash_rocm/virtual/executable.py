@@ -17,6 +17,7 @@ from .code_object import CodeObject
 from .errors import UnsupportedInstruction
 from .machine import EXEC, S_BIT, SCC, VCC, Group
 from .registry import FACTORIES, base_name
+from .scalar_ops import CACHE_CONTROL
 
 #: Modules that fill the table of instructions.
 TABLES = (float_ops, lds_ops, matrix_ops, memory_ops, packed_ops, scalar_ops, vector_ops)
@@ -109,6 +110,8 @@ class Executable:
 
     def _compile_step(self, instruction: Instruction, index: int) -> Step:
         arch, descriptor = self.code.arch, self.code.descriptor
+        if instruction.mnemonic in CACHE_CONTROL:
+            return Step(lambda g: None, index, instruction.text, 0, 0, 0, None, False, ())
         halves = [instruction] if instruction.paired is None else [instruction, instruction.paired]
         builders, handlers = [], []
         for half in halves:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from .checks import Checks
 from .code_object import ARCHS, CodeObject
-from .errors import CodeObjectError, NanWritten, UnsupportedInstruction
+from .errors import CodeObjectError, NanWritten
 from .executable import Step, executable_of
 from .machine import SCRATCH_BASE, TTMP, Group, Machine
 from .memory import Memory
@@ -111,13 +112,14 @@ class VirtualGpu:
         self.memory.begin_launch(executable.store_granule)
         measured = Measurements() if measure else None
         address = self.memory.add("kernarg", arguments if arguments.size else np.zeros(4, np.uint8), writable=False)
+        packet = self.memory.add("dispatch packet", _dispatch_packet(code, grid, block, address), writable=False)
         executed, runs = 0, dict[int, int]()
         try:
             for first in range(0, total, each):
                 numbers = np.arange(first, min(first + each, total), dtype=np.int32)
                 machine = Machine(code, self.memory, checks, numbers.size, waves_each, random)
                 machine.measured = measured
-                _start(machine, numbers, grid, block, address, arguments)
+                _start(machine, numbers, grid, block, address, packet, arguments)
                 if (checks.races or checks.lds) and code.lds_bytes:
                     machine.shadow = LdsShadow(
                         numbers.size, machine.lds_stride, executable.lds_granule, waves_each, checks.races, checks.lds
@@ -125,6 +127,7 @@ class VirtualGpu:
                 executed += Scheduler(machine, executable, order, hooks, max_wave_instructions - executed, runs).run()
         finally:
             self.memory.remove("kernarg")
+            self.memory.remove("dispatch packet")
         return LaunchStats(
             per_instruction=count_blocks(executable, runs),
             program=code.program,
@@ -155,12 +158,22 @@ def _with_hidden(code: CodeObject, packed: bytearray, grid: tuple[int, int, int]
     return packed
 
 
+def _dispatch_packet(
+    code: CodeObject, grid: tuple[int, int, int], block: tuple[int, ...], kernarg: int
+) -> np.ndarray:
+    """The AQL packet of the launch (HSA Platform System Architecture, "Kernel dispatch packet")."""
+    items = [count * size for count, size in zip(grid, block, strict=True)]
+    sizes = (code.descriptor.scratch_bytes, code.lds_bytes)
+    return np.frombuffer(struct.pack("<HHHHHHIIIIIQQQQ", 2, 3, *block, 0, *items, *sizes, 0, kernarg, 0, 0), np.uint8)
+
+
 def _start(
     machine: Machine,
     numbers: np.ndarray,
     grid: tuple[int, int, int],
     block: tuple[int, ...],
     kernarg: int,
+    packet: int,
     arguments: np.ndarray,
 ) -> None:
     """Registers as the hardware sets them up (AMDGPUUsage, "Initial Kernel Execution State")."""
@@ -179,12 +192,15 @@ def _start(
     for what, count in descriptor.user_order:
         if what == "kernarg_segment_ptr":
             put(kernarg & 0xFFFFFFFF, kernarg >> 32)
+        elif what == "dispatch_ptr":
+            put(packet & 0xFFFFFFFF, packet >> 32)
         elif what == "private_segment_buffer":
             put(SCRATCH_BASE & 0xFFFFFFFF, SCRATCH_BASE >> 32, 0xFFFFFFFF, 0)
         elif what in ("flat_scratch_init", "private_segment_size", "dispatch_id"):
             put(*[0] * count)
         else:
-            raise UnsupportedInstruction(f"{what} in the user SGPRs")
+            # The queue is the runtime's own: a kernel that looks at it is told that nothing is there.
+            row += count
     length, offset = descriptor.preload
     words = np.zeros(length, np.uint32)
     available = np.ascontiguousarray(arguments[: arguments.size // 4 * 4]).view(np.uint32)[offset : offset + length]

@@ -26,9 +26,11 @@ def lds_places(g: Group, address: np.ndarray, size: int) -> np.ndarray:
     """Byte in the LDS of the batch of each active lane's access, checked (int64)."""
     if address.size == 0:
         return address
+    # Since gfx9 the sum of base and offset wraps at 32 bits.
+    address = address & 0xFFFFFFFF
     limit = g.m.code.lds_bytes
     highest = int(address.max())
-    if highest + size > limit or int(address.min()) < 0:
+    if highest + size > limit:
         raise MemoryFault(f"LDS access of {size} bytes at {highest}, past its end ({limit} bytes)")
     if g.m.checks.alignment and size > 1 and (address & (min(size & -size, _ALIGNED) - 1)).any():
         raise MemoryFault(f"misaligned LDS access of {size} bytes")

@@ -92,7 +92,7 @@ _SOP2: dict[str, Callable[[Any, Any], Result]] = {
     "s_sub_u32": _sub_u32,
     "s_add_i32": _add_i32,
     "s_sub_i32": _sub_i32,
-    "s_min_i32": lambda a, b: _chosen(b, a, _i(a) <= _i(b)) if False else _chosen(b, a, _i(a) < _i(b)),
+    "s_min_i32": lambda a, b: _chosen(b, a, _i(a) < _i(b)),
     "s_min_u32": lambda a, b: _chosen(b, a, a < b),
     "s_max_i32": lambda a, b: _chosen(b, a, _i(a) > _i(b)),
     "s_max_u32": lambda a, b: _chosen(b, a, a > b),
@@ -490,13 +490,15 @@ def _ignore(b: Builder) -> Handler:
 
 for _name in (
     *("s_nop", "s_sleep", "s_setprio", "s_inst_prefetch", "s_set_inst_prefetch_distance", "s_clause", "s_delay_alu"),
-    *("s_code_end", "s_icache_inv", "s_dcache_inv", "s_dcache_wb", "s_wait_alu", "s_waitcnt_depctr", "s_sched_barrier"),
-    *("s_version", "s_ttracedata", "buffer_wbl2", "buffer_inv", "buffer_gl0_inv", "buffer_gl1_inv", "global_inv"),
-    *("global_wb", "s_wait_idle", "s_nop_wait"),
+    *("s_code_end", "s_icache_inv", "s_dcache_inv", "s_dcache_wb", "s_wait_alu", "s_waitcnt_depctr", "s_wait_idle"),
 ):
     FACTORIES[_name] = _ignore
-for _name in ("s_version", "s_ttracedata", "s_sched_barrier", "s_nop_wait"):
-    del FACTORIES[_name]
+
+#: Cache maintenance, which changes nothing here; what follows are flags, not operands.
+CACHE_CONTROL = frozenset(
+    ("buffer_wbl2", "buffer_inv", "buffer_wbinvl1", "buffer_wbinvl1_vol", "buffer_gl0_inv", "buffer_gl1_inv")
+    + ("global_inv", "global_wb", "global_wbinv")
+)
 
 _COUNTS = {"vmcnt": ("vm",), "lgkmcnt": ("ds", "sm"), "expcnt": (), "vscnt": ("vs",)}
 _SPLIT = {

@@ -76,12 +76,14 @@ class Scheduler:
     def run(self) -> int:
         """All waves to their ends; the number of wave-instructions."""
         m = self.m
-        while (m.status == RUNNING).any():
-            for members in self.phases(m.waves_each):
-                allowed = np.isin(m.local_wave, members)
-                while self._step(allowed):
-                    pass
-            self._release_barriers()
+        # Overflow and NaN are results here, as they are on the chip.
+        with np.errstate(all="ignore"):
+            while (m.status == RUNNING).any():
+                for members in self.phases(m.waves_each):
+                    allowed = np.isin(m.local_wave, members)
+                    while self._step(allowed):
+                        pass
+                self._release_barriers()
         return self.executed
 
     def _step(self, allowed: np.ndarray) -> bool:
