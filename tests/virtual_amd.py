@@ -35,9 +35,7 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-def reference(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causal: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causal: bool) -> tuple[np.ndarray, np.ndarray]:
     """Attention in float64 of (batch, seqlen, heads, dim) arrays, and its LSE (batch, heads, seqlen)."""
     group = q.shape[2] // k.shape[2]
     k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
@@ -77,7 +75,5 @@ def run_forward(
     )
     blocks = -(-rows // TILE_Q)
     grid = (-(-blocks // 2) if causal else blocks, heads, batch)
-    stats = gpu.launch(
-        code, grid=grid, block_threads=512, kernargs=packed[: code.descriptor.kernarg_bytes], **options
-    )
+    stats = gpu.launch(code, grid=grid, block_threads=512, kernargs=packed[: code.descriptor.kernarg_bytes], **options)
     return out, lse, stats

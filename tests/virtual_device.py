@@ -29,9 +29,7 @@ def compiled_kernel(kernel: str, problem: AttentionProblem, arch: Arch, has_dlse
     from flash_rocm._triton.offline import compile_kernel
 
     compiled = compile_kernel(kernel, problem, arch, has_dlse=has_dlse, wide=wide)
-    return load_code_object(
-        compiled.asm["hsaco"], assembly=compiled.asm["amdgcn"], lds_bytes=compiled.metadata.shared
-    )
+    return load_code_object(compiled.asm["hsaco"], assembly=compiled.asm["amdgcn"], lds_bytes=compiled.metadata.shared)
 
 
 @dataclasses.dataclass
@@ -69,8 +67,9 @@ class Device:
 @contextlib.contextmanager
 def launches_on(device: Device, problem: AttentionProblem) -> Iterator[Device]:
     """Launches of the Triton back end go to ``device`` inside."""
-    from flash_rocm import runtime
     from flash_rocm._triton import launch
+
+    from flash_rocm import runtime
 
     names = {id(launcher): name for name, launcher in launch.KERNELS.items()}
 

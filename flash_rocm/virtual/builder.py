@@ -18,8 +18,8 @@ from . import lanes as lane_access
 from .code_object import Descriptor
 from .errors import UnsupportedInstruction
 from .floats import f16_to_f32, flush_f32
-from .machine import EXEC, NULL, S_BIT, SCC, VCC, Group
-from .operands import Operand, float32_of, parse_operand
+from .machine import EXEC, NULL, S_BIT, SCC, Group
+from .operands import Operand, parse_operand
 
 Getter = Callable[[Group], Any]
 Writer = Callable[[Group, Any], None]
@@ -409,17 +409,6 @@ class Builder:
 
         return put
 
-    def scc(self) -> Getter:
-        """bool [waves]."""
-        return lambda g: g.S[SCC] != 0
-
-    def put_scc(self) -> Writer:
-        return put_scc
-
-    def vcc_operand(self) -> int:
-        """Row of VCC, for instructions that use it without saying so."""
-        return VCC
-
     def _take_sdwa(self) -> dict[str, str]:
         names = ("dst_sel", "dst_unused", "src0_sel", "src1_sel")
         found = {name: self.take(name) for name in names}
@@ -445,6 +434,3 @@ def signed(operand: Operand, get: Getter) -> Getter:
     if operand.neg:
         return lambda g: np.negative(get(g))
     return get
-
-
-__all__ = ["Builder", "Getter", "Handler", "Writer", "bits32", "float32_of", "put_scc", "signed"]

@@ -64,6 +64,12 @@ def _turns(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda x: function(np.asarray(x, np.float64) % 1.0 * (2 * np.pi)).astype(_F32)
 
 
+def _exponent(x: Any) -> Any:
+    """Exponent of the fraction form, 0 for infinities and NaN."""
+    _, exponent = np.frexp(x)
+    return np.where(np.isfinite(x), exponent, 0).astype(np.int32)
+
+
 _FLOAT: dict[str, tuple[str, Callable[..., Any]]] = {
     "v_add_f32": ("ff", np.add),
     "v_sub_f32": ("ff", np.subtract),
@@ -107,7 +113,7 @@ _TO_INTEGER: dict[str, tuple[str, Callable[..., Any]]] = {
     "v_cvt_u32_f32": ("f", lambda x: to_integer(x, 0, (1 << 32) - 1, _U32)),
     "v_cvt_rpi_i32_f32": ("f", lambda x: to_integer(np.floor(x + _F32(0.5)), -(1 << 31), (1 << 31) - 1, np.int32)),
     "v_cvt_flr_i32_f32": ("f", lambda x: to_integer(np.floor(x), -(1 << 31), (1 << 31) - 1, np.int32)),
-    "v_frexp_exp_i32_f32": ("f", lambda x: np.where(np.isfinite(x), np.frexp(x)[1], 0).astype(np.int32)),
+    "v_frexp_exp_i32_f32": ("f", lambda x: _exponent(x)),
     "v_cvt_pk_bf16_f32": ("ff", lambda a, b: f32_to_bf16_bits(a) | f32_to_bf16_bits(b) << u(16)),
     "v_cvt_pk_f16_f32": ("ff", lambda a, b: f32_to_f16_bits(a) | f32_to_f16_bits(b) << u(16)),
 }

@@ -158,9 +158,7 @@ def _with_hidden(code: CodeObject, packed: bytearray, grid: tuple[int, int, int]
     return packed
 
 
-def _dispatch_packet(
-    code: CodeObject, grid: tuple[int, int, int], block: tuple[int, ...], kernarg: int
-) -> np.ndarray:
+def _dispatch_packet(code: CodeObject, grid: tuple[int, int, int], block: tuple[int, ...], kernarg: int) -> np.ndarray:
     """The AQL packet of the launch (HSA Platform System Architecture, "Kernel dispatch packet")."""
     items = [count * size for count, size in zip(grid, block, strict=True)]
     sizes = (code.descriptor.scratch_bytes, code.lds_bytes)

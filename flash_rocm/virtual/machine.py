@@ -106,7 +106,23 @@ class Group:
     the rows are views that may be written in place.
     """
 
-    __slots__ = ("m", "sel", "index", "n", "V", "F", "I", "S", "SI", "full", "fast", "direct", "mask", "_mask32", "_bases")
+    __slots__ = (
+        "m",
+        "sel",
+        "index",
+        "n",
+        "V",
+        "F",
+        "I",
+        "S",
+        "SI",
+        "full",
+        "fast",
+        "direct",
+        "mask",
+        "_mask32",
+        "_bases",
+    )
 
     def __init__(self, machine: Machine, index: np.ndarray) -> None:
         self.m, self.index, self.n = machine, index, index.size

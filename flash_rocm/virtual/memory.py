@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ _ALIGN = 1 << 16
 _GAP = 1 << 20
 
 #: numpy dtypes that move 1 to 16 bytes at once.
-UNITS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
+UNITS: dict[int, Any] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 UNITS[16] = np.dtype("V16")
 
 
@@ -98,7 +99,9 @@ class Memory:
         near = self._allocations[index]
         if address < near.end:
             return f"byte {address - near.base} of {near.name!r} ({near.data.size} bytes)"
-        return f"address {address:#x}, {address - near.end} bytes past the end of {near.name!r} ({near.data.size} bytes)"
+        return (
+            f"address {address:#x}, {address - near.end} bytes past the end of {near.name!r} ({near.data.size} bytes)"
+        )
 
     def begin_launch(self, granule: int) -> None:
         """Forget who wrote what; ``granule`` is the smallest store of the kernel in bytes."""
@@ -188,6 +191,8 @@ class Memory:
                 self._check_writer(allocation, offsets, size, workgroups[chosen], "writes")
                 for part in range(0, size, allocation.granule):
                     allocation.writer[(offsets + part) // allocation.granule] = workgroups[chosen]
+                # Again, for workgroups that write to one place in this very instruction.
+                self._check_writer(allocation, offsets, size, workgroups[chosen], "writes")
             if allocation.written is not None:
                 for part in range(size):
                     allocation.written[offsets + part] = True

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .builder import Builder, Getter, Handler
+from .errors import MemoryFault, UnsupportedInstruction
 from .floats import f16_to_f32, f32_to_bf16_bits, f32_to_f16_bits
 from .machine import M0, SCRATCH_BASE, Group
 from .memory import put_bytes, take_bytes
@@ -392,9 +393,9 @@ class BufferAddress:
         records = g.S[self.descriptor + 2].astype(np.int64)
         stride = (word1 >> _U32(16) & _U32(0x3FFF)).astype(np.int64)
         if (word1 >> _U32(31)).any() or (g.m.gfx9 and (word3 >> _U32(23) & _U32(1)).any()):
-            raise NotImplementedError("a buffer descriptor with swizzle or thread ids in its address")
+            raise UnsupportedInstruction("a buffer descriptor with swizzle or thread ids in its address")
         if not g.m.gfx9 and ((word3 >> _U32(28) & _U32(3)) != 3).any():
-            raise NotImplementedError("a buffer descriptor whose range check is not that of raw buffers")
+            raise UnsupportedInstruction("a buffer descriptor whose range check is not that of raw buffers")
         offset: Any = np.int64(self.immediate)
         if self.offset_row is not None:
             offset = g.V[self.offset_row].astype(np.int64) + offset
@@ -553,8 +554,6 @@ def _scratch_flat(g: Group, places: np.ndarray, size: int) -> np.ndarray:
     """Bytes of the batch's scratch from those of each lane's own."""
     limit = g.m.code.descriptor.scratch_bytes
     if places.size and (int(places.min()) < 0 or int(places.max()) + size > limit):
-        from .errors import MemoryFault
-
         raise MemoryFault(f"scratch access of {size} bytes at {int(places.max())} of {limit}")
     item = np.arange(g.m.waves)[g.sel][:, None] * g.m.lanes + np.arange(g.m.lanes)
     return active(g, item) * g.m.scratch_bytes + places

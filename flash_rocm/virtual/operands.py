@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import struct
+from typing import Any
 
 import numpy as np
 
@@ -99,7 +100,7 @@ def parse_operand(text: str, descriptor: Descriptor) -> Operand:
             inner, neg = inner[1:], True
         else:
             break
-    flags = {"neg": neg, "abs": absolute, "sext": sext}
+    flags: dict[str, Any] = {"neg": neg, "abs": absolute, "sext": sext}
     if inner == "off":
         return Operand("off", text)
     if inner in _NAMED:

@@ -42,15 +42,15 @@ def _float32_of_pair(b: Builder, k: int, second: int, negate: int) -> Getter:
         return lambda g: value
     row = operand.row + second
     b.reads |= 1 << (row + (512 if operand.kind == "s" else 0))
-    get: Getter
-    if operand.kind == "s":
-        get = lambda g: g.S[row].view(np.float32)[:, None]  # noqa: E731
-    else:
-        get = lambda g: g.F[row]  # noqa: E731
+    get = _float_row(operand.kind, row)
     if b.descriptor.flush_f32:
         plain = get
         get = lambda g: flush_f32(plain(g))  # noqa: E731
     return (lambda g: np.negative(get(g))) if negate else get
+
+
+def _float_row(kind: str, row: int) -> Getter:
+    return (lambda g: g.S[row].view(np.float32)[:, None]) if kind == "s" else (lambda g: g.F[row])
 
 
 def _packed_f32(count: int, function: Callable[..., Any]) -> Callable[[Builder], Handler]:
@@ -94,8 +94,7 @@ FACTORIES["v_pk_fma_f32"] = _packed_f32(3, fma32)
 @register("v_pk_mov_b32")
 def _pk_mov(b: Builder) -> Handler:
     """Low result from source 0, high result from source 1."""
-    low, high, _, _ = _selection(b, 2)
-    del high
+    low, _, _, _ = _selection(b, 2)
     gets = []
     for k in range(2):
         operand = b.source(k)

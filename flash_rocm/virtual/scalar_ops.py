@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .builder import Builder, Handler, put_scc
+from .errors import UnsupportedInstruction
 from .floats import to_integer
 from .machine import EXEC, NULL, S_BIT, SCC, Group
 from .registry import FACTORIES, register
@@ -302,9 +303,17 @@ def _count64(b: Builder) -> Handler:
             put(g, count)
             put_scc(g, count != 0)
         elif name == "s_ff1_i32_b64":
-            put(g, np.where(low != 0, count_trailing(low), np.where(high != 0, count_trailing(high) + 32, -1)).astype(_I32))
+            put(
+                g,
+                np.where(low != 0, count_trailing(low), np.where(high != 0, count_trailing(high) + 32, -1)).astype(
+                    _I32
+                ),
+            )
         else:
-            put(g, np.where(high != 0, count_leading(high), np.where(low != 0, count_leading(low) + 32, -1)).astype(_I32))
+            put(
+                g,
+                np.where(high != 0, count_leading(high), np.where(low != 0, count_leading(low) + 32, -1)).astype(_I32),
+            )
 
     return run
 
@@ -313,7 +322,7 @@ def _bitset(b: Builder, wide: bool, value: int) -> Handler:
     """Set or clear one bit of the destination."""
     place, put = b.su(1), (b.s_put64 if wide else b.s_put)(0)
     old = (b.su64 if wide else b.su)(0)
-    kind = _U64 if wide else _U32
+    kind: Any = _U64 if wide else _U32
 
     def run(g: Group) -> None:
         bit = kind(1) << np.asarray(place(g) & u(63 if wide else 31)).astype(kind)
@@ -551,11 +560,8 @@ def _waitcnt_vscnt(b: Builder) -> Handler:
 def _split_wait(names: tuple[str, ...]) -> Callable[[Builder], Handler]:
     def compile_one(b: Builder) -> Handler:
         number = b.expect(0, ("int", "hex")).number
-        if len(names) == 1:
-            counts = [number]
-        else:
-            # s_wait_loadcnt_dscnt and its like: the DS count is in the low bits.
-            counts = [number >> 8 & 0x3F, number & 0x3F]
+        # s_wait_loadcnt_dscnt and its like: the DS count is in the low bits.
+        counts = [number] if len(names) == 1 else [number >> 8 & 0x3F, number & 0x3F]
         pairs = [(_SPLIT[name], count) for name, count in zip(names, counts, strict=True)]
         return _wait_handler([(counter, count) for counter, count in pairs if counter])
 
@@ -629,7 +635,7 @@ def _load_in_range(g: Group, place: Any, distance: Any, count: int, row: int, ba
     """Dwords of a scalar buffer load; those past num_records are 0."""
     records = g.S[base_row + 2].astype(np.int64)
     if (g.S[base_row + 1] >> u(16) & u(0x3FFF)).any():
-        raise NotImplementedError("a scalar buffer load with a stride")
+        raise UnsupportedInstruction("a scalar buffer load with a stride")
     for word in range(count):
         inside = distance + 4 * word + 4 <= records
         values = np.zeros(g.n, _U32)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import BarrierDivergence, InstructionLimit, KernelFault
+from .errors import BarrierDivergence, InstructionLimit, KernelFault, UnsupportedInstruction
 from .executable import Block, Executable, Step
 from .machine import AT_BARRIER, ENDED, RUNNING, Group, Machine
 
@@ -143,10 +143,10 @@ class Scheduler:
             index, text = (step.index, step.text) if step is not None else (block.next - 1, block.text)
             fault.locate(index, text, group.where())
             raise
-        except NotImplementedError as error:
-            if step is not None:
-                error.add_note(f"at instruction {step.index}: {step.text}")
-            raise
+        except UnsupportedInstruction as error:
+            if step is None:
+                raise
+            raise UnsupportedInstruction(f"{error} [instruction {step.index}: {step.text!r}]") from error
 
     def _run_watched(self, group: Group, block: Block, hooks: tuple[Any, Any]) -> None:
         before, after = hooks

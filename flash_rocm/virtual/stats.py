@@ -25,7 +25,9 @@ def instruction_class(mnemonic: str) -> str:
         return "smem"
     if mnemonic.startswith(("s_cbranch", "s_branch", "s_endpgm")):
         return "branch"
-    if mnemonic.startswith(("s_waitcnt", "s_wait_", "s_barrier", "s_nop", "s_sleep", "s_setprio", "s_delay", "s_clause")):
+    if mnemonic.startswith(
+        ("s_waitcnt", "s_wait_", "s_barrier", "s_nop", "s_sleep", "s_setprio", "s_delay", "s_clause")
+    ):
         return "wait"
     if mnemonic.startswith("s_"):
         return "salu"

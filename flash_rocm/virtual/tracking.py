@@ -139,7 +139,7 @@ class Tracker:
         done[group.sel] = np.maximum(done[group.sel], self.issued[counter][group.sel] - outstanding)
         if self.pending[counter]:
             bits = bits_of(self.pending[counter])
-            left = (self.ready[counter][bits] > done).any(axis=1)
+            left: list[bool] = list((self.ready[counter][bits] > done).any(axis=1))
             self.pending[counter] = sum(1 << bit for bit, late in zip(bits, left, strict=True) if late)
             self._update()
 

@@ -610,5 +610,3 @@ def _class_f32(value: Any, wanted: Any) -> Any:
 def _cmp_class(b: Builder) -> Handler:
     value, wanted, put = b.f(0, flush=False), b.u(1), b.put_mask(0)
     return lambda g: put(g, _class_f32(value(g), wanted(g)))
-
-
