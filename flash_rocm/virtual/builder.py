@@ -323,7 +323,9 @@ class Builder:
             return self.put_u(index)
         upper = operand.half == "h" if high is None else high
         if upper:
+            # The other half stays, whether or not it holds anything.
             self.reads |= 1 << row
+            self.unneeded |= 1 << row
             return lambda g, value: g.put(row, g.V[row] & np.uint32(0xFFFF) | value << np.uint32(16))
         if zero_upper and self.gfx9 and high is None:
             return lambda g, value: g.put(row, value)

@@ -11,7 +11,7 @@ import numpy as np
 
 from flash_rocm.amdgpu.assembly import Instruction
 
-from . import float_ops, lds_ops, matrix_ops, memory_ops, packed_ops, scalar_ops, vector_ops
+from . import float_ops, lds_ops, matrix_ops, memory_ops, packed_ops, rdna_ops, scalar_ops, vector_ops
 from .builder import Builder, Handler
 from .code_object import CodeObject
 from .errors import UnsupportedInstruction
@@ -20,7 +20,7 @@ from .registry import FACTORIES, base_name
 from .scalar_ops import CACHE_CONTROL
 
 #: Modules that fill the table of instructions.
-TABLES = (float_ops, lds_ops, matrix_ops, memory_ops, packed_ops, scalar_ops, vector_ops)
+TABLES = (float_ops, lds_ops, matrix_ops, memory_ops, packed_ops, rdna_ops, scalar_ops, vector_ops)
 
 Condition = Callable[[Group], np.ndarray]
 _BARRIERS = ("s_barrier", "s_barrier_wait")
@@ -124,7 +124,7 @@ class Executable:
             builder.finish()
             builders.append(builder)
         first = builders[0]
-        run = handlers[0] if len(halves) == 1 else _both(handlers)
+        run = handlers[0] if len(halves) == 1 else _both(builders, handlers)
         if first.counter is not None:
             run = _counted(run, first.counter, first.loads, writes_lds=first.name.startswith(("ds_write", "ds_store")))
         reads = needs = writes = 0
@@ -148,9 +148,24 @@ def executable_of(code: CodeObject) -> Executable:
     return found
 
 
-def _both(handlers: list[Handler]) -> Handler:
-    """The two halves of a VOPD pair; the second does not see what the first writes."""
-    raise UnsupportedInstruction("VOPD pairs")
+def _both(builders: list[Builder], handlers: list[Handler]) -> Handler:
+    """The two halves of a VOPD pair, which both read before either writes."""
+    (one, other), (first, second) = builders, handlers
+    if not other.reads & one.writes:
+        return lambda g: (first(g), second(g))[0]
+    if not one.reads & other.writes:
+        return lambda g: (second(g), first(g))[0]
+    row = other.operands[0].row
+
+    def crossed(g: Group) -> None:
+        before = np.array(g.V[row])
+        second(g)
+        after = np.array(g.V[row])
+        g.V[row] = before
+        first(g)
+        g.V[row] = after
+
+    return crossed
 
 
 def _counted(run: Handler, counter: str, loads: list[int], writes_lds: bool) -> Handler:

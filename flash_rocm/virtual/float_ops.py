@@ -33,7 +33,8 @@ _F32 = np.float32
 _U32 = np.uint32
 
 
-def _without_denormals(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def without_denormals(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function with denormal arguments and results flushed to zero."""
     return lambda x: flush_f32(np.asarray(function(flush_f32(x))))
 
 
@@ -66,8 +67,8 @@ def _turns(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _exponent(x: Any) -> Any:
     """Exponent of the fraction form, 0 for infinities and NaN."""
-    _, exponent = np.frexp(x)
-    return np.where(np.isfinite(x), exponent, 0).astype(np.int32)
+    parts: Any = np.frexp(x)
+    return np.where(np.isfinite(x), parts[1], 0).astype(np.int32)
 
 
 _FLOAT: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -86,12 +87,12 @@ _FLOAT: dict[str, tuple[str, Callable[..., Any]]] = {
     "v_maximum3_f32": ("fff", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
     "v_minimum3_f32": ("fff", lambda a, b, c: np.minimum(np.minimum(a, b), c)),
     "v_fma_f32": ("fff", fma32),
-    "v_exp_f32": ("f", _without_denormals(np.exp2)),
-    "v_log_f32": ("f", _without_denormals(np.log2)),
-    "v_rcp_f32": ("f", _without_denormals(lambda x: _F32(1) / x)),
-    "v_rcp_iflag_f32": ("f", _without_denormals(lambda x: _F32(1) / x)),
-    "v_rsq_f32": ("f", _without_denormals(lambda x: (1 / np.sqrt(np.asarray(x, np.float64))).astype(_F32))),
-    "v_sqrt_f32": ("f", _without_denormals(np.sqrt)),
+    "v_exp_f32": ("f", without_denormals(np.exp2)),
+    "v_log_f32": ("f", without_denormals(np.log2)),
+    "v_rcp_f32": ("f", without_denormals(lambda x: _F32(1) / x)),
+    "v_rcp_iflag_f32": ("f", without_denormals(lambda x: _F32(1) / x)),
+    "v_rsq_f32": ("f", without_denormals(lambda x: (1 / np.sqrt(np.asarray(x, np.float64))).astype(_F32))),
+    "v_sqrt_f32": ("f", without_denormals(np.sqrt)),
     "v_sin_f32": ("f", _turns(np.sin)),
     "v_cos_f32": ("f", _turns(np.cos)),
     "v_floor_f32": ("f", np.floor),

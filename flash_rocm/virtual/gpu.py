@@ -209,7 +209,8 @@ def _start(
     waves = [np.repeat(axis, machine.waves_each).astype(np.uint32) for axis in coordinates]
     if machine.code.arch.startswith("gfx12"):
         machine.S[TTMP + 9], machine.S[TTMP + 7] = waves[0], waves[1] | waves[2] << np.uint32(16)
-        defined += [TTMP + 7, TTMP + 9]
+        machine.S[TTMP + 8] = machine.local_wave.astype(np.uint32) << np.uint32(25)
+        defined += [TTMP + 7, TTMP + 8, TTMP + 9]
     else:
         for axis in range(3):
             if descriptor.workgroup_ids[axis]:

@@ -70,7 +70,7 @@ def _flush_halves(bits: Any, kind: str) -> Any:
 Unpack = Callable[[np.ndarray, np.ndarray], None]
 
 
-def _unpacker(kind: str, arch: str) -> tuple[int, Unpack]:
+def unpacker(kind: str, arch: str) -> tuple[int, Unpack]:
     """(values in a register, function from uint32 [waves, lane] that fills float32 [waves, value, lane])."""
     if kind == "f32":
 
@@ -108,7 +108,7 @@ def _unpacker(kind: str, arch: str) -> tuple[int, Unpack]:
 
 def _matrix_source(b: Builder, k: int, kind: str, rows: int, depth: int) -> Getter:
     """float32 [waves, depth, rows] of source ``k``; both sources order the depth alike, by register first."""
-    each, unpack = _unpacker(kind, b.arch)
+    each, unpack = unpacker(kind, b.arch)
     registers = depth * rows // b.lanes // each
     operand = b.expect(b.first_source + k, "v", registers)
     b.read_bits(operand)
@@ -123,7 +123,8 @@ def _matrix_source(b: Builder, k: int, kind: str, rows: int, depth: int) -> Gett
     return get
 
 
-def _addend(b: Builder, registers: int) -> Getter:
+def addend_source(b: Builder, registers: int) -> Getter:
+    """float32 [register, waves, lanes] of the last source, or a constant."""
     operand = b.source(2)
     if operand.is_constant:
         value = float32_of(operand.bits(32))
@@ -149,7 +150,7 @@ def compile_mfma(b: Builder) -> Handler:
     registers = size * size // b.lanes
     first = _matrix_source(b, 0, first_kind, size, depth)
     second = _matrix_source(b, 1, second_kind or first_kind, size, depth)
-    addend = _addend(b, registers)
+    addend = addend_source(b, registers)
     destination = b.expect(0, "v", registers)
     b.float_rows += b.write_bits(destination)
     row, flush = destination.row, b.arch == "gfx90a" and first_kind != "f32"

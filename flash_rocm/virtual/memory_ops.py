@@ -603,6 +603,7 @@ def _scratch_store(shape: Shape) -> Callable[[Builder], Handler]:
         b.counter = "vm" if b.gfx9 else "vs"
         data = b.expect(1, "v", shape.registers)
         b.read_bits(data)
+        b.unneeded = b.reads  # compilers spill registers whether or not they hold anything
         address = _scratch_address(b, 0, 2)
         return lambda g: _scratch_put(g, address(g), stored_bytes(g, data.row, shape))
 

@@ -32,6 +32,8 @@ ALIASES = {
     "v_min3_num_f32": "v_min3_f32",
     "v_max_num_f64": "v_max_f64",
     "v_min_num_f64": "v_min_f64",
+    "v_mad_co_u64_u32": "v_mad_u64_u32",
+    "v_mad_co_i64_i32": "v_mad_i64_i32",
     "v_cvt_pk_rtz_f16_f32": "v_cvt_pkrtz_f16_f32",
     "s_add_co_i32": "s_add_i32",
     "s_sub_co_i32": "s_sub_i32",

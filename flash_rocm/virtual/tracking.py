@@ -139,8 +139,8 @@ class Tracker:
         done[group.sel] = np.maximum(done[group.sel], self.issued[counter][group.sel] - outstanding)
         if self.pending[counter]:
             bits = bits_of(self.pending[counter])
-            left: list[bool] = list((self.ready[counter][bits] > done).any(axis=1))
-            self.pending[counter] = sum(1 << bit for bit, late in zip(bits, left, strict=True) if late)
+            left = np.asarray((self.ready[counter][bits] > done).any(axis=1)).tolist()
+            self.pending[counter] = sum(1 << bits[i] for i in range(len(bits)) if left[i])
             self._update()
 
     def check_barrier(self, group: Any) -> None:
