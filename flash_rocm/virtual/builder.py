@@ -221,7 +221,7 @@ class Builder:
         return signed(self.source(k), lambda g: f16_to_f32(get(g)))
 
     def u64(self, k: int, signed_literal: bool = False) -> Getter:
-        """uint64 of source ``k``, two registers."""
+        """uint64 of source ``k``, two registers; a 32-bit literal is zero-extended unless of a signed type."""
         operand = self.source(k)
         if operand.neg or operand.abs:
             raise self.unsupported(f"operand {operand.text!r}")
@@ -373,11 +373,11 @@ class Builder:
         row = operand.row
         return lambda g: g.S[row]
 
-    def su64(self, index: int, signed_literal: bool = False) -> Getter:
-        """uint64 [waves] (or a constant) of operand ``index``."""
+    def su64(self, index: int) -> Getter:
+        """uint64 [waves] (or a constant) of operand ``index``; a 32-bit literal is zero-extended."""
         operand = self.expect(index, ("s", "int", "hex", "float"))
         if operand.is_constant:
-            value = np.uint64(operand.bits(64, signed_literal))
+            value = np.uint64(operand.bits(64))
             return lambda g: value
         self.read_bits(operand, 2)
         row = operand.row

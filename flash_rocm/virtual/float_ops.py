@@ -68,7 +68,8 @@ def _turns(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _exponent(x: Any) -> Any:
     """Exponent of the fraction form, 0 for infinities and NaN."""
     parts: Any = np.frexp(x)
-    return np.where(np.isfinite(x), parts[1], 0).astype(np.int32)
+    exponent: Any = np.where(np.isfinite(x), parts[1], 0)
+    return exponent.astype(np.int32)
 
 
 _FLOAT: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -132,7 +133,9 @@ for _name, (_kinds, _function) in _FLOAT.items():
     FACTORIES[_name] = _float(_kinds, _function)
 for _name, (_kinds, _function) in _TO_INTEGER.items():
     FACTORIES[_name] = _bits(_kinds, _function)
-FACTORIES["v_frexp_mant_f32"] = _float("f", lambda x: np.where(np.isfinite(x), np.frexp(x)[0], x).astype(_F32))
+FACTORIES["v_frexp_mant_f32"] = _float(
+    "f", lambda x: np.where(np.isfinite(x), np.asarray(np.frexp(x)[0]), x).astype(_F32)
+)
 
 
 def _destination_as_source(b: Builder) -> Getter:

@@ -171,12 +171,10 @@ _SOP1_64: dict[str, Callable[[Any], Result]] = {
 }
 
 
-def _scalar(
-    function: Callable[..., Result], count: int, wide: bool, signed_literal: bool = False
-) -> Callable[[Builder], Handler]:
+def _scalar(function: Callable[..., Result], count: int, wide: bool) -> Callable[[Builder], Handler]:
     def compile_one(b: Builder) -> Handler:
         if wide:
-            gets = [b.su64(1 + k, signed_literal) for k in range(count)]
+            gets = [b.su64(1 + k) for k in range(count)]
             put = b.s_put64(0)
         else:
             gets = [b.su(1 + k) for k in range(count)]
@@ -211,7 +209,7 @@ for _name, _function in _SOP2_64.items():
 for _name, _one in _SOP1.items():
     FACTORIES[_name] = _scalar(_one, 1, False)
 for _name, _one in _SOP1_64.items():
-    FACTORIES[_name] = _scalar(_one, 1, True, signed_literal=True)
+    FACTORIES[_name] = _scalar(_one, 1, True)
 
 
 @register("s_addc_u32", "s_subb_u32")

@@ -293,7 +293,7 @@ def _subb_co(b: Builder) -> Handler:
 
 @register("v_mov_b64")
 def _mov_b64(b: Builder) -> Handler:
-    value, put = b.u64(0, signed_literal=True), b.put_u64()
+    value, put = b.u64(0), b.put_u64()
     return lambda g: put(g, value(g))
 
 
