@@ -10,7 +10,7 @@ from flash_rocm.api import (
     flash_attn_varlen_qkvpacked_func,
 )
 from flash_rocm.backends import BackendError
-from flash_rocm.runtime import use_backend
+from flash_rocm.runtime import use_backend, virtual_gpu
 
 __version__ = "0.1.0"
 
@@ -24,4 +24,5 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "use_backend",
+    "virtual_gpu",
 ]

@@ -392,7 +392,7 @@ def _attend(
         bool(deterministic),
         _needs_grad(q, k, v),
         # Eager calls pin their choice for the backward; graphs leave the environment to run time.
-        runtime.override() if compiling else runtime.requested_backend(),
+        runtime.override() if compiling else runtime.request_on(q.device),
     )
     out, softmax_lse = ops.attention_forward(compiling, args, layout)
     if not return_attn_probs:

@@ -10,6 +10,7 @@ long on the host as the launch itself.  Both ways run the same three functions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +71,15 @@ class _Decision(NamedTuple):
     problem: AttentionProblem
     backend: backends.Backend
     is_empty: bool  # nothing to attend to, or nobody to attend: no kernel is launched
+    virtual: str  # arch of the virtual GPU that the call is pinned to, or ""
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function of the back end, on the virtual GPU if the call is pinned to one."""
+        active = runtime.virtual_device() if self.virtual else None
+        if not self.virtual or (active is not None and active.arch == self.virtual):
+            return function(self.problem, *args)
+        with runtime.virtual_gpu(self.virtual):
+            return function(self.problem, *args)
 
 
 # Building and deciding take longer on the host than launching a small kernel, and repeat for every
@@ -82,20 +92,22 @@ def _decide(args: tuple[Any, ...], layout: Layout) -> _Decision:
     """The problem and its back end, for operator arguments in schema order."""
     cu_seqlens_q, alibi_slopes, block_table = args[3], args[5], args[7]
     scalars = args[_NUM_TENSORS:]
-    request = scalars[-1] or runtime.requested_backend()
+    request = scalars[-1] or runtime.request_on(args[0].device)
     batch = cu_seqlens_q is None or cu_seqlens_q.shape
     key = (layout, scalars, request, batch, alibi_slopes is None, block_table is None)
     found = _decided.get(key)
     if found is None:
         q, k = args[0], args[1]
         problem = problem_of(AttentionInputs(*args[:_NUM_TENSORS]), scalars)
-        name = backends.select(problem, runtime.arch_of(q.device), request)
+        requested, _, virtual = request.partition("@")
+        arch = runtime.arch_named(virtual) if virtual else runtime.arch_of(q.device)
+        name = backends.select(problem, arch, requested)
         runtime.warn_of_unused_variables()
-        runtime.log_once(f"back end {name} for {problem.dtype} on {q.device.type}")
+        runtime.log_once(f"back end {name} for {problem.dtype} on {virtual or q.device.type}")
         is_empty = 0 in (q.numel(), k.numel(), problem.seqlen_q, problem.seqlen_k)
         if len(_decided) >= _DECIDED_MAX:
             _decided.clear()
-        found = _decided[key] = _Decision(problem, backends.load(name), is_empty)
+        found = _decided[key] = _Decision(problem, backends.load(name), is_empty, virtual)
     return found
 
 
@@ -104,12 +116,12 @@ def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _forward_of(layout: Layout, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    problem, backend, is_empty = _decide(args, layout)
-    if is_empty:
+    decision = _decide(args, layout)
+    if decision.is_empty:
         q = args[0]
         lse = q.new_full(lse_shape(q), float("-inf"), dtype=accumulate_dtype(q.dtype))
-        return q.new_zeros((*q.shape[:-1], problem.headdim_v)), lse
-    return backend.forward(problem, AttentionInputs._make(args[:_NUM_TENSORS]))
+        return q.new_zeros((*q.shape[:-1], decision.problem.headdim_v)), lse
+    return decision.run(decision.backend.forward, AttentionInputs._make(args[:_NUM_TENSORS]))
 
 
 def _forward_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,12 +134,12 @@ def _backward(
     dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, softmax_lse: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = AttentionInputs._make(args[:_NUM_TENSORS])
-    problem, backend, is_empty = _decide(args, layout_of(*inputs[:3]))
-    if is_empty:
+    decision = _decide(args, layout_of(*inputs[:3]))
+    if decision.is_empty:
         return tuple(x.new_zeros(x.shape) for x in (inputs.q, inputs.k, inputs.v))  # type: ignore[return-value]
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
-    return backend.backward(problem, inputs, out, softmax_lse, dout, dlse)
+    return decision.run(decision.backend.backward, inputs, out, softmax_lse, dout, dlse)
 
 
 def _backward_fake(
@@ -138,10 +150,11 @@ def _backward_fake(
 
 def _probs(softmax_lse: torch.Tensor, *args: Any) -> torch.Tensor:
     inputs = AttentionInputs._make(args[:_NUM_TENSORS])
-    problem, backend, is_empty = _decide(args, layout_of(*inputs[:3]))
-    if is_empty:
+    decision = _decide(args, layout_of(*inputs[:3]))
+    if decision.is_empty:
+        problem = decision.problem
         return inputs.q.new_zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
-    return backend.probs(problem, inputs, softmax_lse)
+    return decision.run(decision.backend.probs, inputs, softmax_lse)
 
 
 def _probs_fake(softmax_lse: torch.Tensor, *args: Any) -> torch.Tensor:

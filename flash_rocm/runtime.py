@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import logging
 import os
 import pathlib
@@ -104,6 +105,81 @@ class ConfigSource(NamedTuple):
     forward: str | None = None  # FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON, inline JSON
 
 
+#: What the virtual GPU can be.
+VIRTUAL_ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1200", "gfx1201")
+
+
+@dataclasses.dataclass(frozen=True)
+class VirtualDevice:
+    """A virtual AMD GPU that CPU tensors run on; ``order``: in which order its waves take turns."""
+
+    arch: str
+    order: str = "lockstep"
+
+
+_virtual_override: VirtualDevice | None = None
+
+
+def virtual_device() -> VirtualDevice | None:
+    """The virtual GPU in use: that of :func:`virtual_gpu` if inside one, else of ``FLASH_ROCM_VIRTUAL_GPU``.
+
+    Raises:
+        ValueError: the variable names no chip that there is, or what executes it is not installed.
+    """
+    if _virtual_override is not None:
+        return _virtual_override
+    raw = _variables.get(b"FLASH_ROCM_VIRTUAL_GPU")
+    return _checked_virtual(os.fsdecode(raw), "FLASH_ROCM_VIRTUAL_GPU") if raw else None
+
+
+@functools.cache
+def _checked_virtual(arch: str, argument: str, order: str = "lockstep") -> VirtualDevice:
+    if arch not in VIRTUAL_ARCHS:
+        raise ValueError(f"{argument}: expected one of {', '.join(VIRTUAL_ARCHS)}, got {arch!r}.")
+    missing = [name for name in ("triton", "numpy", "elftools", "msgpack") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"{argument}: expected the packages that execute {arch} code, {', '.join(missing)} not found. "
+            'Hint: pip install "flash_rocm[virtual]" triton'
+        )
+    if triton_interpret():
+        raise ValueError(f"{argument}: expected TRITON_INTERPRET to be unset, which replaces the compiler; it is set.")
+    logger.info("CPU tensors run as %s machine code on the virtual GPU: exact, and slow", arch)
+    return VirtualDevice(arch, order)
+
+
+@contextlib.contextmanager
+def virtual_gpu(arch: str, *, order: str = "lockstep") -> Iterator[None]:
+    """Run the attention calls that are made inside, on CPU tensors, as machine code of an AMD GPU.
+
+    The kernels are compiled for the chip and executed instruction by instruction: a check of the code,
+    thousands of times slower than a GPU.  Process-wide, like the variable ``FLASH_ROCM_VIRTUAL_GPU`` that it
+    overrides.  The backward of a call made inside runs there too.
+
+    Args:
+        arch: ``gfx90a``, ``gfx942``, ``gfx950``, ``gfx1100``, ``gfx1200`` or ``gfx1201``.
+        order: how waves take turns between barriers: ``lockstep``, ``forward``, ``reverse`` or
+            ``shuffled:SEED``.  A missing barrier shows in some of them only.
+
+    Raises:
+        ValueError: another arch, or a package is missing that this needs (the text says which).
+    """
+    global _virtual_override
+    device = _checked_virtual(arch, "arch", order)
+    before, _virtual_override = _virtual_override, device
+    try:
+        yield
+    finally:
+        _virtual_override = before
+
+
+def request_on(device: torch.device) -> str:
+    """:func:`requested_backend`, with the virtual GPU that CPU tensors run on: "auto@gfx942"."""
+    if device.type == "cpu" and (virtual := virtual_device()):
+        return f"{requested_backend()}@{virtual.arch}"
+    return requested_backend()
+
+
 def config_source() -> ConfigSource | None:
     """Where kernel configs come from besides the shipped files; None, as nearly always, if from nowhere else.
 
@@ -149,6 +225,7 @@ _VARIABLES = (
     "FLASH_ROCM_CONFIG_DIR",
     "FLASH_ROCM_KERNEL_CONFIG",
     "FLASH_ROCM_LOG",
+    "FLASH_ROCM_VIRTUAL_GPU",
     "FLASH_ATTENTION_TRITON_AMD_ENABLE",
     "FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON",
     "ROCM_HOME",
@@ -158,7 +235,6 @@ _VARIABLES = (
 #: Variables that belong to the project, or that ROCm users know, and that this version does not act on.
 _UNUSED_VARIABLES = (
     "FLASH_ROCM_AUTOTUNE",
-    "FLASH_ROCM_VIRTUAL_GPU",
     "FLASH_ROCM_DEBUG",
     "FLASH_ATTENTION_TRITON_AMD_AUTOTUNE",
 )
@@ -318,7 +394,11 @@ def _gpu_arch(index: int) -> Arch:
 
 
 def arch_of(device: torch.device) -> Arch:
-    """The architecture of a device; "cuda" devices are AMD GPUs on a ROCm build of torch."""
+    """The architecture of a device; "cuda" devices are AMD GPUs on a ROCm build of torch.
+
+    The CPU is the virtual GPU where one is in use.
+    """
     if device.type != "cuda":
-        return CPU
+        virtual = virtual_device() if device.type == "cpu" else None
+        return arch_named(virtual.arch) if virtual else CPU
     return _gpu_arch(device.index if device.index is not None else torch.cuda.current_device())

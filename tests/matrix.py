@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+import flash_rocm
 from flash_rocm import ops
 from flash_rocm.backends import CAPABILITIES
 from flash_rocm.problem import FEATURES, AttentionProblem
@@ -54,6 +55,12 @@ class Case:
     def backward(self) -> bool:
         return self.problem.needs_grad
 
+    @property
+    def request(self) -> str:
+        """What the operator is asked for: the back end and, if so, the virtual GPU that it runs on."""
+        virtual = self.target.partition(":")[2]
+        return f"{self.backend}@{virtual}" if virtual else self.backend
+
     def __str__(self) -> str:
         p = self.problem
         dims = f"d{p.headdim}" if p.headdim == p.headdim_v else f"d{p.headdim}v{p.headdim_v}"
@@ -84,14 +91,33 @@ class Scope:
     combinations: int  # sampled feature sets of two and three per dtype and dense/varlen
     members: int  # cases per group
     max_nheads_k: int
+    #: Of the groups of each feature set only the one of a dtype and of dense or varlen, another for the next set.
+    sparse: bool = False
+
+    @property
+    def orders(self) -> tuple[str, ...]:
+        """Wave orders that a case runs in; lockstep alone would hide missing barriers."""
+        return ("reverse", "shuffled") if self.target.startswith("virtual:") else ()
+
+    def takes(self, features: int, group: int) -> bool:
+        """Whether group ``group`` (dtype and dense/varlen, of six) of feature set ``features`` runs."""
+        return not self.sparse or (features + VIRTUAL_ARCHS.index(self.target.partition(":")[2])) % 6 == group
 
 
+#: Archs whose machine code the matrix executes on the virtual GPU.
+VIRTUAL_ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 _SMALL = (SMALL_LENGTHS, (16, 40, 59, 64, 8, 100), ((24, 40), (64, 17)))
+_VIRTUAL = ((*SMALL_LENGTHS, (150, 190)), (64, 128, 40, 256, 59, 96), ((64, 128), (59, 17)))
 SCOPES = (
     Scope("cpu", "reference", *_SMALL, combinations=10, members=2, max_nheads_k=2),
     Scope("interpret", "triton", *_SMALL, combinations=6, members=2, max_nheads_k=2),
     Scope("cuda", "triton", LENGTHS, HEADDIMS, HEADDIM_PAIRS, combinations=24, members=15, max_nheads_k=2),
     Scope("cuda", "reference", *_SMALL, combinations=4, members=2, max_nheads_k=2),
+    *(
+        Scope(f"virtual:{arch}", "triton", *_VIRTUAL, combinations=6, members=2, max_nheads_k=2, sparse=sparse)
+        for sparse in (True, False)
+        for arch in VIRTUAL_ARCHS
+    ),
 )
 
 
@@ -128,53 +154,48 @@ def cases(scope: Scope) -> Iterator[Case]:
     headdims = itertools.cycle(scope.headdims)
     pairs = itertools.cycle(scope.headdim_pairs)
     seed = 0
-    for dtype in sorted(capability.dtypes, key=str):
-        for varlen in (False, True):
-            rng = random.Random(f"{dtype}{varlen}")
-            for features in _feature_sets(rng, scope, supported):
-                headdim = next(headdims)
-                headdim, headdim_v = next(pairs) if "headdim_v" in features else (headdim, headdim)
-                window_kind = rng.choice(("both", "left", "right"))
-                # Kernels treat the sign of the scale as a constant, its size not.
-                sign = rng.choice((1.0, 1.0, 1.0, 1.0, 1.0, 1.0, -1.0, 0.0))
-                layouts = rng.sample(LAYOUTS, 2)
-                group_name = f"{scope.target}-{dtype}-{varlen}-{features}"
-                for member in range(scope.members):
-                    seed += 1
-                    lengths = rng.choice(scope.lengths)
-                    nheads_k = rng.randint(1, scope.max_nheads_k)
-                    group = rng.choice((2, 3, 4)) if "gqa" in features else 1
-                    if lengths[0] * lengths[1] > 1 << 20:  # what the oracle's matrices may take
-                        nheads_k, group = 1, min(group, 2)
-                    fields = _fields(rng, features, lengths)
-                    if window_kind == "left" and "window" in features:
-                        fields.update(window_right=-1)
-                    if window_kind == "right" and "window" in features:
-                        fields.update(window_left=-1)
-                    problem = make_problem(
-                        dtype=dtype,
-                        device_type="cuda" if scope.target == "cuda" else "cpu",
-                        batch=rng.randint(1, 4 if varlen else 3),
-                        seqlen_q=lengths[0],
-                        seqlen_k=lengths[1],
-                        nheads=nheads_k * group,
-                        nheads_k=nheads_k,
-                        headdim=headdim,
-                        headdim_v=headdim_v,
-                        softmax_scale=sign * rng.uniform(0.5, 1.5) / headdim**0.5,
-                        varlen=varlen,
-                        needs_grad=member % 3 != 0,
-                        **fields,
-                    )
+    kinds = itertools.product(sorted(capability.dtypes, key=str), (False, True))
+    for kind, (dtype, varlen) in enumerate(kinds):
+        rng = random.Random(f"{dtype}{varlen}")
+        for number, features in enumerate(_feature_sets(rng, scope, supported)):
+            headdim = next(headdims)
+            headdim, headdim_v = next(pairs) if "headdim_v" in features else (headdim, headdim)
+            window_kind = rng.choice(("both", "left", "right"))
+            # Kernels treat the sign of the scale as a constant, its size not.
+            sign = rng.choice((1.0, 1.0, 1.0, 1.0, 1.0, 1.0, -1.0, 0.0))
+            layouts = rng.sample(LAYOUTS, 2)
+            group_name = f"{scope.target}-{dtype}-{varlen}-{features}"
+            for member in range(scope.members):
+                seed += 1
+                lengths = rng.choice(scope.lengths)
+                nheads_k = rng.randint(1, scope.max_nheads_k)
+                group = rng.choice((2, 3, 4)) if "gqa" in features else 1
+                if lengths[0] * lengths[1] > 1 << 20:  # what the oracle's matrices may take
+                    nheads_k, group = 1, min(group, 2)
+                fields = _fields(rng, features, lengths)
+                if window_kind == "left" and "window" in features:
+                    fields.update(window_right=-1)
+                if window_kind == "right" and "window" in features:
+                    fields.update(window_left=-1)
+                problem = make_problem(
+                    dtype=dtype,
+                    device_type="cuda" if scope.target == "cuda" else "cpu",
+                    batch=rng.randint(1, 4 if varlen else 3),
+                    seqlen_q=lengths[0],
+                    seqlen_k=lengths[1],
+                    nheads=nheads_k * group,
+                    nheads_k=nheads_k,
+                    headdim=headdim,
+                    headdim_v=headdim_v,
+                    softmax_scale=sign * rng.uniform(0.5, 1.5) / headdim**0.5,
+                    varlen=varlen,
+                    needs_grad=member % 3 != 0,
+                    **fields,
+                )
+                layout, alibi_per_batch = rng.choice(layouts), rng.random() < 0.5
+                if scope.takes(number, kind):
                     yield Case(
-                        scope.backend,
-                        scope.target,
-                        problem,
-                        rng.choice(layouts),
-                        seed,
-                        features,
-                        rng.random() < 0.5,
-                        group_name,
+                        scope.backend, scope.target, problem, layout, seed, features, alibi_per_batch, group_name
                     )
 
 
@@ -187,13 +208,23 @@ def scalars_of(problem: AttentionProblem, backend: str) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def run(case: Case) -> None:
+def run(case: Case, orders: tuple[str, ...] = ()) -> None:
+    """Run one case, on the virtual GPU in each of some wave orders."""
+    if not orders:
+        run_once(case)
+    arch = case.target.partition(":")[2]
+    for order in orders:
+        with flash_rocm.virtual_gpu(arch, order=f"shuffled:{case.seed}" if order == "shuffled" else order):
+            run_once(case)
+
+
+def run_once(case: Case) -> None:
     """Run one case through the operator and compare all it returns with the float64 oracle."""
     problem = case.problem
     data = make_inputs(problem, case.seed, layout=case.layout, poison=True, alibi_per_batch=case.alibi_per_batch)
     leaves = [x.detach().requires_grad_(case.backward) for x in data.inputs[:3]]
     before = [x.clone() for x in data.inputs if x is not None]
-    scalars = scalars_of(problem, case.backend)
+    scalars = scalars_of(problem, case.request)
     args = (*leaves, *data.inputs[3:], *scalars)
     out, lse = ops.attention_forward(False, args)
     probs = ops.attention_probs(lse.detach(), *args) if "dropout" in case.features else None

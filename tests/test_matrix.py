@@ -13,26 +13,48 @@ _MARKS: dict[str, list[pytest.MarkDecorator]] = {
     "cuda": [pytest.mark.gpu],
     "interpret": [pytest.mark.interpret],
     "cpu": [],
+    "virtual": [pytest.mark.virtual],
 }
 
 
+def _marks(scope: matrix.Scope) -> list[pytest.MarkDecorator]:
+    marks = _MARKS[scope.target.partition(":")[0]]
+    return marks if scope.sparse or not scope.orders else [*marks, pytest.mark.exhaustive]
+
+
 def _parameters() -> list[Any]:
+    sparse = {str(case) for scope in matrix.SCOPES if scope.sparse for case in matrix.cases(scope)}
     return [
-        pytest.param(case, id=str(case), marks=[*_MARKS[scope.target], pytest.mark.xdist_group(case.group)])
+        pytest.param(case, scope.orders, id=str(case), marks=[*_marks(scope), pytest.mark.xdist_group(case.group)])
         for scope in matrix.SCOPES
         for case in matrix.cases(scope)
+        if scope.sparse or str(case) not in sparse
     ]
 
 
-@pytest.mark.parametrize("case", _parameters())
-def test_matrix(case: matrix.Case, count_case: Callable[..., None]) -> None:
-    matrix.run(case)
+@pytest.mark.parametrize(("case", "orders"), _parameters())
+def test_matrix(case: matrix.Case, orders: tuple[str, ...], count_case: Callable[..., None]) -> None:
+    matrix.run(case, orders)
     kind = "varlen" if case.problem.varlen else "dense"
     features = [f"{feature} {kind}" for feature in case.features or ("plain",)]
     count_case(case.backend, case.target, features, ["forward", "backward"] if case.backward else ["forward"])
 
 
-@pytest.mark.parametrize("scope", matrix.SCOPES, ids=lambda scope: f"{scope.backend}-{scope.target}")
+@pytest.mark.parametrize("scope", [s for s in matrix.SCOPES if s.sparse], ids=lambda scope: scope.target)
+def test_sparse_matrix_covers_every_feature(scope: matrix.Scope) -> None:
+    """Each feature runs forward and backward; dense, varlen and each dtype with some feature or other."""
+    cases = list(matrix.cases(scope))
+    for backward in (False, True):
+        some = [case for case in cases if case.backward or not backward]
+        assert {feature for case in some for feature in case.features} == set(matrix.COMBINED)
+        assert {case.problem.varlen for case in some} == {False, True}
+        assert {case.problem.dtype for case in some} == matrix.CAPABILITIES[scope.backend].dtypes
+
+
+_DENSE_SCOPES = [scope for scope in matrix.SCOPES if not scope.sparse]
+
+
+@pytest.mark.parametrize("scope", _DENSE_SCOPES, ids=lambda scope: f"{scope.backend}-{scope.target}")
 def test_matrix_covers_every_feature(scope: matrix.Scope) -> None:
     """Each (dtype, feature, dense/varlen) runs forward and backward; Triton on a GPU at least 20 times."""
     counts: Counter[Any] = Counter()

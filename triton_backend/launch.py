@@ -13,6 +13,7 @@ from flash_rocm import runtime
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.problem import AttentionInputs, AttentionProblem, lse_shape
 
+from . import virtual
 from .backward_kernels import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel
 from .common import INTERPRET
 from .forward_kernel import attn_fwd_kernel
@@ -100,6 +101,9 @@ class Launcher:
         names = self.kernel.arg_names[len(tensors) + len(lse_strides) + len(scalars) :]
         tail = (*scalars, *(values[name] for name in names))
         device = tensors[0].device  # type: ignore[union-attr]
+        if device.type == "cpu" and not INTERPRET.value:
+            virtual.launch(self.kernel, current, programs, tensors, (*lse_strides, *scalars), values)
+            return
         # Triton launches on the current device, which need not be that of the tensors.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             try:

@@ -9,25 +9,23 @@ import tempfile
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from flash_rocm.problem import AttentionProblem
 from flash_rocm.runtime import Arch, ConfigSource
 
+from .compile import Pointer, compile_for
 from .launch import KERNELS
 from .plan import plan
 
-_ELEMENT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+#: Pointers whose type is not that of q.
 _POINTERS = {
-    "lse_ptr": "*fp32",
-    "dlse_ptr": "*fp32",
-    "delta_ptr": "*fp32",
-    "alibi_ptr": "*fp32",
-    "rng_ptr": "*i64",
-    "cu_seqlens_q_ptr": "*i32",
-    "cu_seqlens_k_ptr": "*i32",
+    "lse_ptr": torch.float32,
+    "dlse_ptr": torch.float32,
+    "delta_ptr": torch.float32,
+    "alibi_ptr": torch.float32,
+    "rng_ptr": torch.int64,
+    "cu_seqlens_q_ptr": torch.int32,
+    "cu_seqlens_k_ptr": torch.int32,
 }
 
 
@@ -39,13 +37,6 @@ def _absent(name: str, problem: AttentionProblem, has_dlse: bool) -> bool:
         or (name == "rng_ptr" and problem.dropout_p == 0.0)
         or (name.startswith("cu_seqlens") and not problem.varlen)
     )
-
-
-def target_of(arch: Arch) -> GPUTarget:
-    """Triton's name of an arch."""
-    if arch.vendor == "amd":
-        return GPUTarget("hip", arch.name, arch.wave_size)
-    return GPUTarget("cuda", int(arch.name.removeprefix("sm")), 32)
 
 
 def compile_kernel(
@@ -72,26 +63,12 @@ def compile_kernel(
     current = plan(kernel, problem, arch, source)
     vec = 16 // problem.dtype.itemsize
     constants = {**current.constants, "VEC": vec, "WIDE": wide, "HAS_DLSE": has_dlse}
-    signature: dict[str, str] = {}
-    constexprs: dict[tuple[int, ...], Any] = {}
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, param in enumerate(function.params):
-        name = param.name
-        if param.is_constexpr:
-            signature[name] = "constexpr"
-            constexprs[(index,)] = constants[name]
-        elif not name.endswith("_ptr"):
-            signature[name] = param.annotation_type
-        elif _absent(name, problem, has_dlse):
-            signature[name] = "constexpr"
-            constexprs[(index,)] = None
-        else:
-            signature[name] = _POINTERS.get(name, f"*{_ELEMENT[problem.dtype]}")
-            attrs[(index,)] = [["tt.divisibility", 16]]
-            if arch.vendor == "amd":
-                attrs[(index,)].append(["tt.pointer_range", 32])
-    source = ASTSource(function, signature, constexprs, attrs)
-    return triton.compile(source, target=target_of(arch), options=dict(current.options))
+    pointers = {
+        name: None if _absent(name, problem, has_dlse) else Pointer(_POINTERS.get(name, problem.dtype))
+        for name in function.arg_names
+        if name.endswith("_ptr")
+    }
+    return compile_for(arch, function, pointers, constants, current.options)
 
 
 def listing(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None) -> tuple[str, int]:

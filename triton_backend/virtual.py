@@ -1,0 +1,93 @@
+"""Launches on the virtual GPU: machine code of an AMD chip, executed on the CPU, on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from flash_rocm import runtime
+
+from .compile import Pointer, compile_for
+from .plan import Plan
+
+#: Buffer instructions reach this far.
+_BUFFER_BYTES = (1 << 31) - 1
+
+# Compiling and decoding take far longer than a lookup, and a layer repeats its calls.
+_loaded: dict[tuple[Any, ...], Any] = {}
+
+
+class _Memory:
+    """The storages behind some tensors as memory of a virtual GPU, each there once."""
+
+    def __init__(self, gpu: Any) -> None:
+        import numpy as np
+
+        self._gpu, self._array_of = gpu, np.frombuffer
+        self._bases: dict[int, int] = {}
+
+    def address(self, name: str, x: torch.Tensor) -> int:
+        storage = x.untyped_storage()
+        start = storage.data_ptr()
+        if start not in self._bases:
+            contents = (ctypes.c_uint8 * storage.nbytes()).from_address(start)
+            self._bases[start] = self._gpu.memory.add(name, self._array_of(contents, "uint8"))
+        return self._bases[start] + x.data_ptr() - start
+
+
+def launch(
+    kernel: Any,
+    current: Plan,
+    programs: int,
+    tensors: tuple[torch.Tensor | None, ...],
+    numbers: tuple[int | float, ...],
+    constants: Mapping[str, Any],
+) -> Any:
+    """Compile a kernel for the virtual GPU in use, and execute it.
+
+    Args:
+        kernel: the Triton function.
+        tensors: its pointer arguments in order.
+        numbers: its run-time numbers behind them, in order.
+        constants: its compile-time arguments by name.
+
+    Returns:
+        ``flash_rocm.virtual.LaunchStats``.
+
+    Raises:
+        flash_rocm.virtual.VirtualGpuError: the kernel did something wrong, or takes an instruction that is not known.
+    """
+    from flash_rocm.virtual import VirtualGpu, load_code_object
+
+    device = runtime.virtual_device()
+    if device is None:
+        raise RuntimeError("q: expected a tensor on a GPU, or a virtual GPU in use, got a CPU tensor and none.")
+    arch = runtime.arch_named(device.arch)
+    gpu = VirtualGpu(device.arch)
+    memory = _Memory(gpu)
+    pointers: dict[str, Pointer | None] = {}
+    addresses: list[int] = []
+    for name, x in zip(kernel.arg_names, tensors, strict=False):
+        if x is None:
+            pointers[name] = None
+            continue
+        address = memory.address(name, x)
+        pointers[name] = Pointer(x.dtype, address % 16 == 0, x.untyped_storage().nbytes() <= _BUFFER_BYTES)
+        addresses.append(address)
+    used = {param.name: constants[param.name] for param in kernel.params if param.is_constexpr}
+    key = (id(kernel), arch.name, tuple(pointers.items()), tuple(used.items()), tuple(current.options.items()))
+    if key not in _loaded:
+        compiled = compile_for(arch, kernel, pointers, used, current.options)
+        lds_bytes = compiled.metadata.shared
+        _loaded[key] = load_code_object(compiled.asm["hsaco"], assembly=compiled.asm["amdgcn"], lds_bytes=lds_bytes)
+    return gpu.launch(
+        _loaded[key],
+        grid=(programs, 1, 1),
+        block_threads=current.options["num_warps"] * arch.wave_size,
+        # Behind the arguments of a Triton kernel come two pointers to scratch that these kernels do not use.
+        kernargs=[*addresses, *numbers, 0, 0],
+        order=device.order,
+    )
