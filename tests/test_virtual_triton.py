@@ -18,7 +18,7 @@ if runtime.triton_interpret():
 
 import virtual_kernels as kernels
 
-ARCHS = ("gfx90a", "gfx942", "gfx950")
+ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 ORDERS = ("lockstep", "forward", "reverse", "shuffled:1")
 FLOATS = {"x_ptr": "*fp32", "y_ptr": "*fp32"}
 

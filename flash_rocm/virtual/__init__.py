@@ -14,7 +14,8 @@
 Triton's kernels take two more pointers at the end (global and profile scratch), which may be 0.
 ``stats`` counts wave-instructions: ``per_instruction``, ``per_mnemonic()``, ``per_class()``.
 
-What is emulated: the instruction set of gfx90a, gfx942 and gfx950 as far as :func:`known_instructions` goes;
+What is emulated: the instruction sets of gfx90a, gfx942, gfx950, gfx1100 and gfx1201 as far as
+:func:`known_instructions` goes;
 registers, LDS, memory and barriers exactly; MFMA sums in float32 in an order of their own; transcendental
 instructions to about one unit in the last place.  What is not: time, caches, and the wait states that some
 pairs of instructions need between them.

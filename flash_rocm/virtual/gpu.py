@@ -44,7 +44,7 @@ class VirtualGpu:
     """A virtual AMD GPU.
 
     Args:
-        arch: "gfx90a", "gfx942", "gfx950".
+        arch: "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1200" or "gfx1201".
 
     Raises:
         ValueError: another arch.

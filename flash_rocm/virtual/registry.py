@@ -49,7 +49,6 @@ ALIASES = {
     "s_ctz_i32_b64": "s_ff1_i32_b64",
     "s_clz_i32_u32": "s_flbit_i32_b32",
     "s_clz_i32_u64": "s_flbit_i32_b64",
-    "s_cls_i32": "s_flbit_i32",
     "s_addk_co_i32": "s_addk_i32",
     "s_and_not1_saveexec_b32": "s_andn2_saveexec_b32",
     "s_and_not1_saveexec_b64": "s_andn2_saveexec_b64",
