@@ -7,8 +7,6 @@ kernel breaks its limits), 2 wrong arguments, told in one line.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -126,20 +124,9 @@ def _versions() -> list[tuple[str, str]]:
         ("flash_rocm", flash_rocm.__version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        ("triton", _triton_version()),
+        ("triton", runtime.triton_version() or "not installed"),
         ("GPU runtime", gpu),
     ]
-
-
-def _triton_version() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "not installed"
-    for distribution in ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "installed, version unknown"
 
 
 def _devices() -> list[tuple[str, runtime.Arch]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import pathlib
 import re
 import subprocess
@@ -12,6 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_key, get_cache_manager
 
 from flash_rocm.problem import AttentionProblem
 from flash_rocm.runtime import Arch, ConfigSource
@@ -48,6 +51,49 @@ def target_of(arch: Arch) -> GPUTarget:
     return GPUTarget("cuda", int(arch.name.removeprefix("sm")), 32)
 
 
+def source_of(
+    kernel: str,
+    problem: AttentionProblem,
+    arch: Arch,
+    *,
+    has_dlse: bool = False,
+    wide: bool = False,
+    source: ConfigSource | None = None,
+) -> tuple[ASTSource, dict[str, int]]:
+    """What Triton compiles for a launch on contiguous tensors whose addresses divide by 16 bytes, and its options.
+
+    Signature and attributes are those that Triton works out at such a launch, to the letter: its caches are
+    keyed by them, and find what was compiled here.
+
+    Args: as :func:`compile_kernel`.
+    """
+    function = KERNELS[kernel].kernel
+    current = plan(kernel, problem, arch, source)
+    vec = math.gcd(16 // problem.dtype.itemsize, problem.headdim, problem.headdim_v)
+    constants = {**current.constants, "VEC": vec, "WIDE": wide, "HAS_DLSE": has_dlse}
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, param in enumerate(function.params):
+        name = param.name
+        if param.is_constexpr:
+            signature[name] = "constexpr"
+            constexprs[(index,)] = constants[name]
+            attrs[(index,)] = []
+        elif not name.endswith("_ptr"):
+            signature[name] = param.annotation_type
+        elif _absent(name, problem, has_dlse):
+            signature[name] = "constexpr"
+            constexprs[(index,)] = None
+            attrs[(index,)] = []
+        else:
+            signature[name] = _POINTERS.get(name, f"*{_ELEMENT[problem.dtype]}")
+            attrs[(index,)] = [["tt.divisibility", 16]]
+            if arch.vendor == "amd":
+                attrs[(index,)].append(["tt.pointer_range", 32])
+    return ASTSource(function, signature, constexprs, attrs), dict(current.options)
+
+
 def compile_kernel(
     kernel: str,
     problem: AttentionProblem,
@@ -57,7 +103,7 @@ def compile_kernel(
     wide: bool = False,
     source: ConfigSource | None = None,
 ) -> Any:
-    """Compile one kernel of a problem as a launch would whose addresses and strides divide by 16 bytes.
+    """Compile one kernel of a problem as a launch on contiguous, aligned tensors would.
 
     Args:
         kernel: a key of :data:`flash_rocm._triton.launch.KERNELS`.
@@ -68,30 +114,31 @@ def compile_kernel(
     Returns:
         Triton's compiled kernel: ``asm`` ("amdgcn", "hsaco", "ptx", ...) and ``metadata``.
     """
-    function = KERNELS[kernel].kernel
-    current = plan(kernel, problem, arch, source)
-    vec = 16 // problem.dtype.itemsize
-    constants = {**current.constants, "VEC": vec, "WIDE": wide, "HAS_DLSE": has_dlse}
-    signature: dict[str, str] = {}
-    constexprs: dict[tuple[int, ...], Any] = {}
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, param in enumerate(function.params):
-        name = param.name
-        if param.is_constexpr:
-            signature[name] = "constexpr"
-            constexprs[(index,)] = constants[name]
-        elif not name.endswith("_ptr"):
-            signature[name] = param.annotation_type
-        elif _absent(name, problem, has_dlse):
-            signature[name] = "constexpr"
-            constexprs[(index,)] = None
-        else:
-            signature[name] = _POINTERS.get(name, f"*{_ELEMENT[problem.dtype]}")
-            attrs[(index,)] = [["tt.divisibility", 16]]
-            if arch.vendor == "amd":
-                attrs[(index,)].append(["tt.pointer_range", 32])
-    source = ASTSource(function, signature, constexprs, attrs)
-    return triton.compile(source, target=target_of(arch), options=dict(current.options))
+    code, options = source_of(kernel, problem, arch, has_dlse=has_dlse, wide=wide, source=source)
+    return triton.compile(code, target=target_of(arch), options=options)
+
+
+def cache_key(code: ASTSource, arch: Arch, options: dict[str, Any]) -> str:
+    """Name of the folder in Triton's cache that holds a compiled kernel."""
+    backend = triton.compiler.make_backend(target_of(arch))
+    variables = triton._C.libtriton.get_cache_invalidating_env_vars()
+    key = get_cache_key(code, backend, backend.parse_options(dict(options)), env_vars=variables)
+    return get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).key
+
+
+def build_host_part(compiled: Any, arch: Arch) -> str:
+    """Compile and keep the C code with which Triton launches a kernel; "" or why it could not be.
+
+    It needs the libraries of the GPU's driver or runtime, but no GPU.
+    """
+    name = "amd" if arch.vendor == "amd" else "nvidia"
+    try:
+        driver = triton.backends.backends[name].driver()
+        driver.launcher_cls(compiled.src, compiled.metadata)
+    except Exception as error:  # noqa: BLE001 - assertions, loader and compiler errors, each in its own class
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0] if lines else 'no text'}"
+    return ""
 
 
 def listing(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None) -> tuple[str, int]:
