@@ -59,7 +59,7 @@ def source_of(
     has_dlse: bool = False,
     wide: bool = False,
     source: ConfigSource | None = None,
-) -> tuple[ASTSource, dict[str, int]]:
+) -> tuple[ASTSource, dict[str, Any]]:
     """What Triton compiles for a launch on contiguous tensors whose addresses divide by 16 bytes, and its options.
 
     Signature and attributes are those that Triton works out at such a launch, to the letter: its caches are
@@ -70,28 +70,25 @@ def source_of(
     function = KERNELS[kernel].kernel
     current = plan(kernel, problem, arch, source)
     vec = math.gcd(16 // problem.dtype.itemsize, problem.headdim, problem.headdim_v)
-    constants = {**current.constants, "VEC": vec, "WIDE": wide, "HAS_DLSE": has_dlse}
-    signature: dict[str, str] = {}
-    constexprs: dict[tuple[int, ...], Any] = {}
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, param in enumerate(function.params):
-        name = param.name
+    values: dict[str, Any] = {**current.constants, "VEC": vec, "WIDE": wide, "HAS_DLSE": has_dlse}
+    pointer = "DS" if arch.vendor == "amd" and triton.knobs.amd.use_buffer_ops else "D"
+    specialisation: list[tuple[str, Any]] = []
+    for name, param in zip(function.arg_names, function.params, strict=True):
         if param.is_constexpr:
-            signature[name] = "constexpr"
-            constexprs[(index,)] = constants[name]
-            attrs[(index,)] = []
+            specialisation.append(("constexpr", values[name]))
         elif not name.endswith("_ptr"):
-            signature[name] = param.annotation_type
+            specialisation.append((param.annotation_type, None))
         elif _absent(name, problem, has_dlse):
-            signature[name] = "constexpr"
-            constexprs[(index,)] = None
-            attrs[(index,)] = []
+            specialisation.append(("constexpr", None))
         else:
-            signature[name] = _POINTERS.get(name, f"*{_ELEMENT[problem.dtype]}")
-            attrs[(index,)] = [["tt.divisibility", 16]]
-            if arch.vendor == "amd":
-                attrs[(index,)].append(["tt.pointer_range", 32])
-    return ASTSource(function, signature, constexprs, attrs), dict(current.options)
+            specialisation.append((_POINTERS.get(name, f"*{_ELEMENT[problem.dtype]}"), pointer))
+    bound = {name: values.get(name) for name in function.arg_names}
+    backend = triton.compiler.make_backend(target_of(arch))
+    # Private, but the only thing that says how this version of Triton words the attributes.
+    options, signature, constexprs, attrs = function._pack_args(
+        backend, dict(current.options), bound, specialisation, None
+    )
+    return ASTSource(function, signature, constexprs, attrs), dict(options.__dict__)
 
 
 def compile_kernel(
