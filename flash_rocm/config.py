@@ -91,6 +91,19 @@ def arch_configs(arch: str, folder: str | None = None) -> ArchConfigs:
     Raises:
         ConfigError: a file is wrong.
     """
+    return _resolved(arch, folder)[0]
+
+
+def file_contents(arch: str, folder: str | None = None) -> dict[str, Any]:
+    """The checked but otherwise raw contents of the file that serves an arch.
+
+    Raises:
+        ConfigError: a file is wrong.
+    """
+    return _resolved(arch, folder)[1]
+
+
+def _resolved(arch: str, folder: str | None) -> tuple[ArchConfigs, dict[str, Any]]:
     found = _read(arch, folder)
     if found is None:
         runtime.log_once(f"no kernel configs for {arch}: using generic.json")
@@ -102,7 +115,7 @@ def arch_configs(arch: str, folder: str | None = None) -> ArchConfigs:
         path, shown, raw = found
         contents = check_file(path, shown, chain[-1], raw)
         if isinstance(contents, ArchConfigs):
-            return contents
+            return contents, raw
         found = _read(contents, folder)
         if found is None or contents in chain:
             raise ConfigError(

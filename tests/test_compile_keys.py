@@ -5,29 +5,20 @@ The keys are worked out by Triton's JIT from the arguments that a launch passes;
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from compile_keys import Recorded, disk_key, jit_key, launch, launch_all, offline, record  # noqa: F401, a fixture
 
 from flash_rocm import runtime
-from flash_rocm.problem import AttentionProblem
-from flash_rocm.runtime import Arch, arch_named
+from flash_rocm.runtime import arch_named
 from flash_rocm.testing import make_inputs, make_problem
-
-triton = pytest.importorskip("triton", reason="works with Triton's cache keys")
-
-from flash_rocm._triton import launch, offline  # noqa: E402
-from triton.compiler import ASTSource, make_backend  # noqa: E402
-from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 KERNELS = ("forward", "backward_dq", "backward_dkdv")
 ARCHS = ("gfx90a", "gfx942", "gfx1100", "gfx1201", "sm90")
-#: (kernel, call) of every launch that would compile.
-Recorded = list[tuple[str, launch.Call]]
 
 
 @pytest.fixture(autouse=True)
@@ -36,64 +27,10 @@ def _needs_the_compiler() -> None:
         pytest.skip("TRITON_INTERPRET=1 replaces the compiler")
 
 
-@pytest.fixture
-def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Recorded]:
-    """``record(arch)``: from now on launches are for that chip, and are noted instead of done."""
-    names = {id(launcher): name for name, launcher in launch.KERNELS.items()}
-
-    def start(arch: str) -> Recorded:
-        recorded: Recorded = []
-        monkeypatch.setattr(runtime, "arch_of", lambda device: arch_named(arch))
-        monkeypatch.setattr(
-            launch.Launcher, "launch_new", lambda self, key, call: recorded.append((names[id(self)], call))
-        )
-        return recorded
-
-    return start
-
-
-@functools.cache
-def _binder(kernel: str, arch: Arch) -> Any:
-    function = launch.KERNELS[kernel].kernel
-    return create_function_from_signature(function.signature, function.params, make_backend(offline.target_of(arch)))
-
-
-def specialised(kernel: str, call: launch.Call, arch: Arch) -> tuple[Any, list[Any], dict[str, Any]]:
-    """Bound arguments, specialisation and options, as ``JITFunction.run`` works them out at a launch."""
-    tail = launch.KERNELS[kernel].tail_of(call)
-    # What run() adds to the options of a call; it leaves out what this version of Triton does not know.
-    knobs = triton.knobs
-    extra: dict[str, Any] = {"debug": False, "instrumentation_mode": knobs.compilation.instrumentation_mode}
-    if hasattr(knobs.compilation, "fpsan_homomorphic_casts"):
-        extra["fpsan_homomorphic_casts"] = knobs.compilation.fpsan_homomorphic_casts
-    return _binder(kernel, arch)(*call.tensors, *call.lse_strides, *tail, **call.plan.options, **extra)
-
-
-def jit_key(kernel: str, call: launch.Call, arch: Arch) -> str:
-    """Key of the JIT's cache in memory: the same key, the same compiled kernel."""
-    _, specialisation, options = specialised(kernel, call, arch)
-    return f"{specialisation}{options}"
-
-
-def disk_key(kernel: str, call: launch.Call, arch: Arch) -> str:
-    """Folder of the disk cache in which a launch looks for its compiled kernel."""
-    function, backend = launch.KERNELS[kernel].kernel, make_backend(offline.target_of(arch))
-    bound, specialisation, options = specialised(kernel, call, arch)
-    parsed, signature, constexprs, attrs = function._pack_args(backend, options, bound, specialisation, options)
-    return offline.cache_key(ASTSource(function, signature, constexprs, attrs), arch, parsed.__dict__)
-
-
-def _launch_all(problem: AttentionProblem, **inputs: Any) -> None:
-    case = make_inputs(problem, **inputs)
-    out, lse = launch.forward(problem, case.inputs)
-    if problem.needs_grad:
-        launch.backward(problem, case.inputs, out, lse, case.dout, None)
-
-
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("kind", ["dense", "varlen"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_200_new_shapes_share_one_kernel(arch: str, kind: str, record: Callable[[str], Recorded]) -> None:
+def test_200_new_shapes_share_one_kernel(arch: str, kind: str, record: Callable[[str], Recorded]) -> None:  # noqa: F811
     """Lengths (1 among them), batch, heads, window widths, scale and dropout are run-time values."""
     recorded, rng = record(arch), random.Random(0)
     special = [(1, 1), (1, 300), (300, 1), (16, 16), (17, 15)]
@@ -115,7 +52,7 @@ def test_200_new_shapes_share_one_kernel(arch: str, kind: str, record: Callable[
             varlen=kind == "varlen",
             needs_grad=True,
         )
-        _launch_all(problem, seed=number)
+        launch_all(problem, seed=number)
     assert len(recorded) == 600
     keys: dict[Any, set[str]] = {}
     for kernel, call in recorded:
@@ -124,15 +61,15 @@ def test_200_new_shapes_share_one_kernel(arch: str, kind: str, record: Callable[
     assert [len(found) for found in keys.values()] == [1] * len(keys)
 
 
-def test_the_key_notices_what_does_compile(record: Callable[[str], Recorded]) -> None:
+def test_the_key_notices_what_does_compile(record: Callable[[str], Recorded]) -> None:  # noqa: F811
     """The test above could fail: a mask, a dtype, a head dim or an alignment each take another kernel."""
     recorded = record("gfx942")
     fields: dict[str, Any] = dict(dtype=torch.bfloat16, headdim=32)
-    _launch_all(make_problem(**fields))
-    _launch_all(make_problem(**fields, window_right=0))
-    _launch_all(make_problem(**fields | {"dtype": torch.float16}))
-    _launch_all(make_problem(**fields | {"headdim": 31}))
-    _launch_all(make_problem(**fields, softmax_scale=-1.0))
+    launch_all(make_problem(**fields))
+    launch_all(make_problem(**fields, window_right=0))
+    launch_all(make_problem(**fields | {"dtype": torch.float16}))
+    launch_all(make_problem(**fields | {"headdim": 31}))
+    launch_all(make_problem(**fields, softmax_scale=-1.0))
     problem = make_problem(**fields)
     case = make_inputs(problem)
     q = torch.zeros(case.inputs.q.numel() + 1, dtype=torch.bfloat16)[1:].view_as(case.inputs.q)
@@ -152,11 +89,13 @@ def test_the_key_notices_what_does_compile(record: Callable[[str], Recorded]) ->
 )
 @pytest.mark.parametrize("arch", ARCHS)
 def test_what_is_compiled_offline_is_what_a_launch_looks_for(
-    arch: str, fields: dict[str, Any], record: Callable[[str], Recorded]
+    arch: str,
+    fields: dict[str, Any],
+    record: Callable[[str], Recorded],  # noqa: F811
 ) -> None:
     recorded, chip = record(arch), arch_named(arch)
     problem = make_problem(**fields, needs_grad=True)
-    _launch_all(problem)
+    launch_all(problem)
     for kernel, call in recorded:
         code, options = offline.source_of(kernel, problem, chip)
         assert offline.cache_key(code, chip, options) == disk_key(kernel, call, chip), kernel
@@ -169,13 +108,13 @@ def test_compilations_counts_kernels() -> None:
     """On a GPU: the first call of a kind counts once for each kernel, another length or batch not at all."""
     before = launch.compilations()
     fields: dict[str, Any] = dict(dtype=torch.float16, device_type="cuda", headdim=48, window_left=7, needs_grad=True)
-    _launch_all(make_problem(**fields, seqlen_q=100, seqlen_k=90))
+    launch_all(make_problem(**fields, seqlen_q=100, seqlen_k=90))
     first = launch.compilations()
     assert first - before == 3
     rng = random.Random(1)
     for number in range(200):
         lengths = {"seqlen_q": rng.choice((1, 16, rng.randint(1, 400))), "seqlen_k": rng.choice((1, 17, 350))}
         window = {"window_left": rng.randint(0, 50), "softmax_scale": rng.uniform(0.1, 1.0)}
-        _launch_all(make_problem(**fields | lengths | window, batch=rng.randint(1, 4)), seed=number)
+        launch_all(make_problem(**fields | lengths | window, batch=rng.randint(1, 4)), seed=number)
     torch.cuda.synchronize()
     assert launch.compilations() == first

@@ -7,6 +7,7 @@ import math
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
 from typing import Any
 
@@ -131,7 +132,9 @@ def build_host_part(compiled: Any, arch: Arch) -> str:
     name = "amd" if arch.vendor == "amd" else "nvidia"
     try:
         driver = triton.backends.backends[name].driver()
-        driver.launcher_cls(compiled.src, compiled.metadata)
+        # Older versions of Triton also write C code for each signature.
+        if hasattr(sys.modules[type(driver).__module__], "make_launcher"):
+            driver.launcher_cls(compiled.src, compiled.metadata)
     except Exception as error:  # noqa: BLE001 - assertions, loader and compiler errors, each in its own class
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0] if lines else 'no text'}"
