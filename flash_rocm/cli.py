@@ -119,8 +119,8 @@ def info_lines() -> list[str]:
 
 def _config_file(arch: str) -> str:
     """Name of the file an arch takes its kernel configs from."""
-    source = runtime.config_source()
     try:
+        source = runtime.config_source()
         return f"{config.arch_configs(arch, source.folder if source else None).arch}.json"
     except config.ConfigError as error:
         return f"error, {error}"

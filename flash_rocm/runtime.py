@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 
+from flash_rocm.config_schema import ConfigError
+
 BACKEND_NAMES = ("ck", "triton", "reference")
 REQUESTS = ("auto", *BACKEND_NAMES)
 
@@ -114,7 +116,7 @@ def config_source() -> ConfigSource | None:
     Part of the key of every launch, so it looks before it reads.
 
     Raises:
-        ValueError: ``FLASH_ROCM_AUTOTUNE`` is neither 0 nor 1.
+        ConfigError: ``FLASH_ROCM_AUTOTUNE`` is neither 0 nor 1.
     """
     if (
         b"FLASH_ROCM_CONFIG_DIR" in _variables
@@ -155,7 +157,7 @@ def _config_source(
 
 def _autotune(ours: str, theirs: bool) -> bool:
     if ours not in ("", "0", "1"):
-        raise ValueError(f"FLASH_ROCM_AUTOTUNE: expected 0 or 1, got {ours!r}. Hint: unset it for 0.")
+        raise ConfigError(f"FLASH_ROCM_AUTOTUNE: expected 0 or 1, got {ours!r}. Hint: unset it for 0.")
     if ours == "0" and theirs:
         warn_once("FLASH_ROCM_AUTOTUNE=0 overrides FLASH_ATTENTION_TRITON_AMD_AUTOTUNE=TRUE")
     return ours == "1" or (theirs and not ours)

@@ -131,9 +131,13 @@ def measure(
                 timing.interleave([entry], 1, clock, lambda name: None)
         timed = sorted((entry for entry in entries[1:] if entry.seconds), key=lambda entry: entry.seconds[0])
         finalists = [entries[0], *timed[:_FINALISTS]]
-        for entry in finalists:
-            entry.seconds.clear()
-        timing.interleave(finalists, _ROUNDS, clock, lambda name: None)
+        if timed and entries[0].seconds:
+            # A round times each once after a call that is not timed; before the first come calls to calibrate.
+            round_seconds = sum((entry.iterations + 3) * entry.seconds[0] for entry in finalists)
+            rounds = min(_ROUNDS, max(1, int((deadline - time.monotonic()) / round_seconds)))
+            for entry in finalists:
+                entry.seconds.clear()
+            timing.interleave(finalists, rounds, clock, lambda name: None)
     return [timing.median(x.seconds) if x in finalists and x.seconds else None for x in entries]
 
 

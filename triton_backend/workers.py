@@ -79,9 +79,7 @@ def compile_all(
                 results[number] = result
                 each(tasks[number], result)
 
-    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(len(workers) or 1) as pool:
-        for worker in workers:
-            stack.callback(worker.close)
+    with concurrent.futures.ThreadPoolExecutor(len(workers) or 1) as pool:
         running = [pool.submit(work, worker) for worker in workers]
         try:
             concurrent.futures.wait(running, None if deadline is None else max(0.0, deadline - time.monotonic()))
