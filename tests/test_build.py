@@ -7,10 +7,11 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from compile_keys import Recorded, disk_key, launch, launch_all, record, triton  # noqa: F401, a fixture
+from compile_keys import Recorded, disk_key, launch, launch_all, offline, record, triton  # noqa: F401, a fixture
 from flash_rocm._triton import prebuilt, workers
 
 from flash_rocm import build, cli, runtime
@@ -23,6 +24,10 @@ from flash_rocm.testing import make_problem
 def _needs_the_compiler() -> None:
     if runtime.triton_interpret():
         pytest.skip("TRITON_INTERPRET=1 replaces the compiler")
+
+
+def _broken(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("the compiler was used")
 
 
 def test_builds_what_a_launch_on_amd_looks_for(
@@ -66,6 +71,14 @@ def test_builds_what_a_launch_on_amd_looks_for(
         assert {f"{name}.json", f"{name}.hsaco"} <= set(paths)
         assert all(path.is_relative_to(tmp_path / "image") and path.is_file() for path in paths.values())
     assert len(recorded) == 3
+    # Triton itself finds them so, and uses no compiler.
+    for backend in triton.backends.backends.values():
+        monkeypatch.setattr(backend.compiler, "add_stages", _broken)
+    chip, problem = arch_named("gfx942"), make_problem(dtype=torch.bfloat16, headdim=32, window_right=0)
+    with prebuilt.in_use():
+        assert offline.compile_kernel("forward", problem, chip).asm["hsaco"][:4] == b"\x7fELF"
+    with pytest.raises(RuntimeError, match="the compiler was used"):
+        offline.compile_kernel("forward", problem, chip)
     assert triton.knobs.cache.manager_class is None
 
 

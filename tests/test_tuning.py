@@ -16,6 +16,8 @@ from typing import Any
 import matrix
 import pytest
 import torch
+from compile_keys import disk_key, launch, offline
+from flash_rocm._triton import candidates, plan, tuning, workers
 
 from flash_rocm import ops, runtime, tuned
 from flash_rocm.config_schema import KernelConfig
@@ -23,10 +25,6 @@ from flash_rocm.problem import AttentionProblem
 from flash_rocm.runtime import ConfigSource, arch_named
 from flash_rocm.testing import assert_attention_close, make_inputs, make_problem
 from flash_rocm.tuned import Outcome, TuneKey, TuningError
-
-pytest.importorskip("triton", reason="the tuner imports Triton")
-
-from flash_rocm._triton import candidates, launch, plan, tuning, workers  # noqa: E402
 
 ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201", "sm80", "sm90")
 KERNELS = ("forward", "backward_dq", "backward_dkdv")
@@ -188,6 +186,24 @@ def test_the_measured_problem_has_the_key_it_stands_for(mask: str, group: int) -
         for varlen in (False, True):
             key = dataclasses.replace(KEY, mask=mask, group=group, seqlen=seqlen, varlen=varlen)
             assert plan.tune_key("forward", tuning.problem_of(key), arch_named("gfx942")) == key
+
+
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1201", "sm90"])
+def test_what_is_measured_is_what_was_compiled(
+    arch: str, kernel: str, varlen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler processes fill Triton's cache with just the kernels that the launches look for."""
+    monkeypatch.setattr(runtime, "arch_of", lambda device: arch_named(arch))
+    monkeypatch.setattr(tuning, "_ELEMENTS", 16 * 64 * 256)
+    key = TuneKey(arch, kernel, "bfloat16", 64, "window", 128, 4, varlen)
+    problem = tuning.problem_of(key)
+    assert problem.batch == 2
+    tensors, strided, lse_strides = tuning._tensors(kernel, problem, torch.device("cpu"))
+    call = launch.new_call(kernel, problem, None, tensors, strided, lse_strides, None)
+    code, options = offline.source_of(kernel, problem, arch_named(arch))
+    assert disk_key(kernel, call, arch_named(arch)) == offline.cache_key(code, arch_named(arch), options)
 
 
 # --------------------------------------------------------------------------------------------------
