@@ -179,6 +179,15 @@ def test_tuning_starts_from_the_files(gfx942: None, tmp_path: pathlib.Path) -> N
     assert fake.compiled[0] == default.options()
 
 
+@pytest.mark.parametrize("result", [None, "no compiler"])
+def test_nothing_that_compiles_is_an_error(result: workers.Result, gfx942: None) -> None:
+    fake = Fake({})
+    fake.compile_all = lambda tasks, jobs, deadline: [result] * len(tasks)  # type: ignore[method-assign]
+    with pytest.raises(TuningError, match=f"expected candidates that compile, got none: {result or 'no time'}"):
+        run_tune(fake)
+    assert not fake.measured
+
+
 @pytest.mark.parametrize("mask", tuned.MASKS)
 @pytest.mark.parametrize("group", tuned.GROUPS)
 def test_the_measured_problem_has_the_key_it_stands_for(mask: str, group: int) -> None:
@@ -336,11 +345,11 @@ def test_workers_compile_and_survive(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_worker_that_dies_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = "import sys; sys.stdin.readline(); sys.exit(3)"
+    program = "import sys; sys.stdin.readline(); sys.exit('first\\nlast words')"
     real = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **rest: real([sys.executable, "-c", program], **rest))
     results = workers.compile_all([_task(), _task()], 1)
-    assert results == ["the compiler process died with status 3"] * 2
+    assert results == ["the compiler process died with status 1: last words"] * 2
 
 
 def test_the_deadline_stops_workers(monkeypatch: pytest.MonkeyPatch) -> None:

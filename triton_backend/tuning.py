@@ -171,7 +171,7 @@ def tune(
         budget: seconds.
 
     Raises:
-        TuningError: the default could not be measured.
+        TuningError: nothing compiled, or the default could not be measured.
     """
     start, arch, problem = time.monotonic(), runtime.arch_of(device), problem_of(key)
     plain = ConfigSource(folder=source.folder if source else None)
@@ -184,6 +184,8 @@ def tune(
         compiled = compile_all(tasks, _jobs(), start + _COMPILE_SHARE * budget)
     except OSError as error:
         raise TuningError(f"{key}: expected to start compiler processes, {error}") from error
+    if not any(isinstance(result, workers.Compiled) for result in compiled):
+        raise TuningError(f"{key}: expected candidates that compile, got none: {compiled[0] or 'no time'}")
     usable = [n for n, result in enumerate(compiled) if n == 0 or _fits(result, arch)]
     say(f"  {len(usable)} compiled and fit, {time.monotonic() - start:.0f} s")
     seconds = measure(key.kernel, problem, device, [sources[n] for n in usable], start + budget)

@@ -14,6 +14,7 @@ import contextlib
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -85,9 +86,11 @@ def compile_all(
             concurrent.futures.wait(running, None if deadline is None else max(0.0, deadline - time.monotonic()))
         finally:
             for worker in workers:
-                worker.close()
-        for future in running:
-            future.result()
+                worker.stop()
+    for worker in workers:
+        worker.close()
+    for future in running:
+        future.result()
     return results
 
 
@@ -97,6 +100,8 @@ class _Worker:
     def __init__(self, cache: str | None) -> None:
         self._cache, self._closed, self._lock = cache, False, threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._resources = contextlib.ExitStack()
+        self._log = self._resources.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - in the stack
 
     def _started(self) -> subprocess.Popen[bytes] | None:
         with self._lock:
@@ -104,13 +109,14 @@ class _Worker:
                 return None
             if self._process is None:
                 changes = {"TRITON_CACHE_DIR": self._cache} if self._cache else {}
-                self._process = subprocess.Popen(
+                process = subprocess.Popen(
                     [sys.executable, "-m", _PROGRAM],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
+                    stderr=self._log,
                     env=runtime.subprocess_environment(**changes),
                 )
+                self._process = self._resources.enter_context(process)
             return self._process
 
     def compile(self, task: Task) -> Result:
@@ -126,11 +132,21 @@ class _Worker:
             return pickle.loads(base64.b64decode(answer))
         with self._lock:
             status, self._process = process.wait(), None
-            return None if self._closed else f"the compiler process died with status {status}"
+            return None if self._closed else f"the compiler process died with status {status}{self._last_words()}"
 
-    def close(self) -> None:
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return f": {lines[-1]}" if lines else ""
+
+    def stop(self) -> None:
+        """End the process; who waits for its answer gets None."""
         with self._lock:
             self._closed = True
             if self._process is not None:
                 self._process.kill()
-                self._process.wait()
+
+    def close(self) -> None:
+        """Give everything back, when nobody waits for an answer any more."""
+        with contextlib.suppress(BrokenPipeError):  # a task that a dead process never read
+            self._resources.close()
