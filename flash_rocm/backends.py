@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +19,7 @@ from flash_rocm import runtime
 from flash_rocm.config_schema import KernelConfig
 from flash_rocm.problem import FEATURES, AttentionInputs, AttentionProblem
 from flash_rocm.runtime import Arch, ConfigSource
+from flash_rocm.tuned import Outcome, TuneKey
 
 
 class Backend(Protocol):
@@ -199,6 +201,20 @@ class OfflineCompiler(Protocol):
         """Return the text that ``inspect`` reads, and bytes of LDS."""
 
 
+class Tuner(Protocol):
+    """How the Triton back end tunes on the GPU that is here."""
+
+    def tune(
+        self,
+        key: TuneKey,
+        device: torch.device,
+        source: ConfigSource | None,
+        budget: float,
+        say: Callable[[str], None],
+    ) -> Outcome:
+        """Return the fastest options for a key; raise TuningError if nothing could be measured."""
+
+
 class Planner(Protocol):
     """What the Triton back end knows of a kernel without compiling it, and without Triton."""
 
@@ -207,6 +223,9 @@ class Planner(Protocol):
     ) -> KernelConfig:
         """Return the config entry the kernel takes."""
 
+    def tune_key(self, kernel: str, problem: AttentionProblem, arch: Arch) -> TuneKey:
+        """Return where a tuned entry for a kernel of this problem is kept."""
+
     def describe_configs(self, problem: AttentionProblem, arch: Arch) -> list[str]:
         """Return one line per kernel for ``explain``."""
 
@@ -214,6 +233,16 @@ class Planner(Protocol):
 def load_offline() -> OfflineCompiler:
     """The compiler of the Triton kernels, imported with Triton itself."""
     return importlib.import_module("flash_rocm._triton.offline")  # type: ignore[return-value]
+
+
+def load_tuner() -> Tuner:
+    """The tuner of the Triton kernels, imported with Triton itself."""
+    return importlib.import_module("flash_rocm._triton.tuning")  # type: ignore[return-value]
+
+
+def load_workers() -> Any:
+    """The compiler processes: ``Task``, ``Compiled`` and ``compile_all`` of triton_backend/workers.py."""
+    return importlib.import_module("flash_rocm._triton.workers")
 
 
 def load_planner() -> Planner:

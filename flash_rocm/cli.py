@@ -1,4 +1,4 @@
-"""The ``flash-rocm`` command: info, explain, demo, bench, inspect.
+"""The ``flash-rocm`` command: info, explain, demo, bench, inspect, tune, build.
 
 Exit status: 0 done, 1 the answer is no (no back end takes the call, the demo found a difference, a
 kernel breaks its limits), 2 wrong arguments, told in one line.
@@ -7,8 +7,6 @@ kernel breaks its limits), 2 wrong arguments, told in one line.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -53,6 +51,8 @@ def _build_parser(command: str) -> tuple[_Parser, Callable[[argparse.Namespace],
     demo = commands.add_parser("demo", help="a pretrained sentence encoder with its attention run by flash_rocm")
     bench = commands.add_parser("bench", help="speed and memory against the peers that are installed")
     inspect = commands.add_parser("inspect", help="what the kernels compile to, for chips that are not here")
+    tune = commands.add_parser("tune", help="measure kernel configs on the GPU that is here, and keep the fastest")
+    build = commands.add_parser("build", help="compile the kernels ahead of time, for images that start hot")
     if command == "explain":
         _add_explain_arguments(explain)
         return parser, _explain
@@ -66,6 +66,16 @@ def _build_parser(command: str) -> tuple[_Parser, Callable[[argparse.Namespace],
 
         bench_cli.add_arguments(bench)
         return parser, bench_cli.run
+    if command == "tune":
+        from flash_rocm.tune import cli as tune_cli
+
+        tune_cli.add_arguments(tune)
+        return parser, tune_cli.run
+    if command == "build":
+        from flash_rocm import build as build_module
+
+        build_module.add_arguments(build)
+        return parser, build_module.run
     if command == "inspect":
         from flash_rocm.inspect import cli as inspect_cli
 
@@ -109,8 +119,8 @@ def info_lines() -> list[str]:
 
 def _config_file(arch: str) -> str:
     """Name of the file an arch takes its kernel configs from."""
-    source = runtime.config_source()
     try:
+        source = runtime.config_source()
         return f"{config.arch_configs(arch, source.folder if source else None).arch}.json"
     except config.ConfigError as error:
         return f"error, {error}"
@@ -126,20 +136,9 @@ def _versions() -> list[tuple[str, str]]:
         ("flash_rocm", flash_rocm.__version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        ("triton", _triton_version()),
+        ("triton", runtime.triton_version() or "not installed"),
         ("GPU runtime", gpu),
     ]
-
-
-def _triton_version() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "not installed"
-    for distribution in ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "installed, version unknown"
 
 
 def _devices() -> list[tuple[str, runtime.Arch]]:

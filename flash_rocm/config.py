@@ -13,8 +13,8 @@ One file per arch, ``<arch>.json``; ``generic.json`` serves archs without one.  
              "provenance": {"how": "measured", "date": "2026-11-21", "compiler": "Triton 3.6", "note": "..."}}
 
 ``flash_rocm/config_schema.py`` says what each value means and checks it.  The user's overrides, in the order
-of their strength: ``FLASH_ROCM_KERNEL_CONFIG``, ``FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON`` (forward only)
-and the files in ``FLASH_ROCM_CONFIG_DIR``.
+of their strength: ``FLASH_ROCM_KERNEL_CONFIG``, ``FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON`` (forward only),
+entries that were tuned on this machine (``flash_rocm/tuned.py``) and the files in ``FLASH_ROCM_CONFIG_DIR``.
 """
 
 from __future__ import annotations
@@ -91,6 +91,19 @@ def arch_configs(arch: str, folder: str | None = None) -> ArchConfigs:
     Raises:
         ConfigError: a file is wrong.
     """
+    return _resolved(arch, folder)[0]
+
+
+def file_contents(arch: str, folder: str | None = None) -> dict[str, Any]:
+    """The checked but otherwise raw contents of the file that serves an arch.
+
+    Raises:
+        ConfigError: a file is wrong.
+    """
+    return _resolved(arch, folder)[1]
+
+
+def _resolved(arch: str, folder: str | None) -> tuple[ArchConfigs, dict[str, Any]]:
     found = _read(arch, folder)
     if found is None:
         runtime.log_once(f"no kernel configs for {arch}: using generic.json")
@@ -102,7 +115,7 @@ def arch_configs(arch: str, folder: str | None = None) -> ArchConfigs:
         path, shown, raw = found
         contents = check_file(path, shown, chain[-1], raw)
         if isinstance(contents, ArchConfigs):
-            return contents
+            return contents, raw
         found = _read(contents, folder)
         if found is None or contents in chain:
             raise ConfigError(
@@ -129,20 +142,33 @@ def _overrides(kernels: str | None, forward: str | None) -> dict[str, tuple[dict
     return found
 
 
-def lookup(arch: str, kernel: str, facts: Facts, source: ConfigSource | None = None) -> KernelConfig:
-    """The first entry of the arch's file that matches, with the user's overrides.
+def is_overridden(kernel: str, source: ConfigSource) -> bool:
+    """Whether a variable replaces options of a kernel."""
+    return kernel in _overrides(source.kernels, source.forward)
+
+
+def lookup(
+    arch: str, kernel: str, facts: Facts, source: ConfigSource | None = None, tuned: KernelConfig | None = None
+) -> KernelConfig:
+    """The tuned entry or else the first of the arch's file that matches, with the user's overrides.
 
     Args:
         arch: "gfx942", "sm90", ...; without a file of its own it takes ``generic.json``.
         source: :func:`flash_rocm.runtime.config_source`, None for the shipped configs.
+        tuned: what :func:`flash_rocm.tuned.find` knows.
 
     Raises:
         ConfigError: a file or variable is wrong, or no entry matches.
     """
-    folder, kernels, forward = source or _SHIPPED
+    source = source or _SHIPPED
+    found = tuned or _from_file(arch, kernel, facts, source.folder)
+    options, variable = _overrides(source.kernels, source.forward).get(kernel, ({}, ""))
+    return found.overridden(options, variable) if options else found
+
+
+def _from_file(arch: str, kernel: str, facts: Facts, folder: str | None) -> KernelConfig:
     contents = arch_configs(arch, folder)
     for entry in contents.triton:
         if entry.kernel == kernel and entry.match.matches(facts):
-            options, variable = _overrides(kernels, forward).get(kernel, ({}, ""))
-            return entry.config.overridden(options, variable) if options else entry.config
+            return entry.config
     raise ConfigError(f"{contents.arch}.json: expected an entry that matches kernel={kernel} {facts}")

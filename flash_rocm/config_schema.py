@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+#: Changes when entries that were stored under an earlier one can no longer be used.
+VERSION = 1
 KERNELS = ("forward", "backward_dq", "backward_dkdv", "probs")
 DTYPES = ("float16", "bfloat16", "float32")
 #: Each option and the values it may have.  Those of AMD's compiler take 0 for the compiler's default.
@@ -215,6 +217,12 @@ def check_options(where: str, raw: Any, allowed: Iterable[str] = tuple(OPTIONS))
     return {key: _check_choice(f"{where}.{key}", value, OPTIONS[key]) for key, value in options.items()}
 
 
+def check_all_options(where: str, raw: Any) -> dict[str, int]:
+    """Options of a kernel, with none missing that has no default."""
+    options = check_options(where, raw)
+    return check_object(where, options, OPTIONS, REQUIRED_OPTIONS)
+
+
 def check_kernel_overrides(where: str, raw: Any) -> dict[str, dict[str, int]]:
     """``{"forward": {"BLOCK_M": 64}, ...}``, for one kernel or several."""
     kernels = check_object(where, raw, KERNELS)
@@ -252,7 +260,8 @@ def _check_limits(where: str, raw: Any) -> Limits:
     return Limits(**limits)
 
 
-def _check_provenance(where: str, raw: Any) -> Provenance:
+def check_provenance(where: str, raw: Any) -> Provenance:
+    """Where values come from; what was measured says when and with which compiler."""
     facts = check_object(where, raw, PROVENANCE_KEYS, ("how",))
     _check_choice(f"{where}.how", facts["how"], HOW)
     for key, value in facts.items():
@@ -268,12 +277,11 @@ def _check_provenance(where: str, raw: Any) -> Provenance:
 def _check_entry(where: str, source: str, raw: Any) -> Entry:
     entry = check_object(where, raw, ENTRY_KEYS, ("kernel", "options", "provenance"))
     kernel = _check_choice(f"{where}.kernel", entry["kernel"], KERNELS)
-    options = check_options(f"{where}.options", entry["options"])
-    check_object(f"{where}.options", options, OPTIONS, REQUIRED_OPTIONS)
+    options = check_all_options(f"{where}.options", entry["options"])
     config = KernelConfig(
         **options,  # type: ignore[arg-type]
         limits=_check_limits(f"{where}.limits", entry.get("limits", {})),
-        provenance=_check_provenance(f"{where}.provenance", entry["provenance"]),
+        provenance=check_provenance(f"{where}.provenance", entry["provenance"]),
         source=source,
     )
     return Entry(kernel, _check_match(f"{where}.match", entry.get("match", {})), config)
@@ -295,7 +303,7 @@ def _check_ck_entry(where: str, source: str, raw: Any) -> CkConfig:
         warps=_check_numbers(f"{where}.warps", entry["warps"], 3),  # type: ignore[arg-type]
         pipeline=_check_choice(f"{where}.pipeline", entry["pipeline"], CK_PIPELINES),
         occupancy=_check_integer(f"{where}.occupancy", entry["occupancy"], 0),
-        provenance=_check_provenance(f"{where}.provenance", entry["provenance"]),
+        provenance=check_provenance(f"{where}.provenance", entry["provenance"]),
         source=source,
     )
 

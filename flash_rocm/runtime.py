@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -19,6 +20,8 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
+
+from flash_rocm.config_schema import ConfigError
 
 BACKEND_NAMES = ("ck", "triton", "reference")
 REQUESTS = ("auto", *BACKEND_NAMES)
@@ -103,6 +106,8 @@ class ConfigSource(NamedTuple):
     folder: str | None = None  # FLASH_ROCM_CONFIG_DIR, whose files replace the shipped ones one by one
     kernels: str | None = None  # FLASH_ROCM_KERNEL_CONFIG, inline JSON
     forward: str | None = None  # FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON, inline JSON
+    tuned: str | None = None  # folder of tuned entries, where FLASH_ROCM_CACHE_DIR or autotuning is set
+    tune: bool = False  # FLASH_ROCM_AUTOTUNE: tune what has no entry there
 
 
 #: What the virtual GPU can be.
@@ -184,28 +189,83 @@ def config_source() -> ConfigSource | None:
     """Where kernel configs come from besides the shipped files; None, as nearly always, if from nowhere else.
 
     Part of the key of every launch, so it looks before it reads.
+
+    Raises:
+        ConfigError: ``FLASH_ROCM_AUTOTUNE`` is neither 0 nor 1.
     """
     if (
         b"FLASH_ROCM_CONFIG_DIR" in _variables
         or b"FLASH_ROCM_KERNEL_CONFIG" in _variables
         or b"FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON" in _variables
+        or b"FLASH_ROCM_CACHE_DIR" in _variables
+        or b"FLASH_ROCM_AUTOTUNE" in _variables
+        or b"FLASH_ATTENTION_TRITON_AMD_AUTOTUNE" in _variables
     ):
-        values = (
+        return _config_source(
             _variables.get(b"FLASH_ROCM_CONFIG_DIR"),
             _variables.get(b"FLASH_ROCM_KERNEL_CONFIG"),
             _variables.get(b"FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON"),
+            _variables.get(b"FLASH_ROCM_AUTOTUNE"),
+            _variables.get(b"FLASH_ATTENTION_TRITON_AMD_AUTOTUNE"),
+            _variables.get(b"FLASH_ROCM_CACHE_DIR"),
+            _variables.get(b"XDG_CACHE_HOME"),
         )
-        return ConfigSource(*(os.fsdecode(value) if value else None for value in values))
     return None
+
+
+@functools.lru_cache(maxsize=64)
+def _config_source(
+    folder: bytes | None,
+    kernels: bytes | None,
+    forward: bytes | None,
+    autotune: bytes | None,
+    their_autotune: bytes | None,
+    cache: bytes | None,
+    shared_cache: bytes | None,
+) -> ConfigSource | None:
+    """A source for the values of the variables, so that launches with equal ones share it."""
+    texts = [os.fsdecode(value) if value else None for value in (folder, kernels, forward)]
+    tune = _autotune(os.fsdecode(autotune or b""), their_autotune == b"TRUE")
+    tuned = str(_cache_dir(cache, shared_cache) / "tuning") if tune or cache else None
+    return ConfigSource(texts[0], texts[1], texts[2], tuned, tune)
+
+
+def _autotune(ours: str, theirs: bool) -> bool:
+    if ours not in ("", "0", "1"):
+        raise ConfigError(f"FLASH_ROCM_AUTOTUNE: expected 0 or 1, got {ours!r}. Hint: unset it for 0.")
+    if ours == "0" and theirs:
+        warn_once("FLASH_ROCM_AUTOTUNE=0 overrides FLASH_ATTENTION_TRITON_AMD_AUTOTUNE=TRUE")
+    return ours == "1" or (theirs and not ours)
 
 
 def cache_dir() -> pathlib.Path:
     """``FLASH_ROCM_CACHE_DIR``: what is kept between runs; default: ``flash_rocm`` in the user's cache folder."""
-    own = os.environ.get("FLASH_ROCM_CACHE_DIR")
+    return _cache_dir(_variables.get(b"FLASH_ROCM_CACHE_DIR"), _variables.get(b"XDG_CACHE_HOME"))
+
+
+def _cache_dir(own: bytes | None, shared: bytes | None) -> pathlib.Path:
     if own:
-        return pathlib.Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(shared) if shared else pathlib.Path.home() / ".cache") / "flash_rocm"
+        return pathlib.Path(os.fsdecode(own))
+    return (pathlib.Path(os.fsdecode(shared)) if shared else pathlib.Path.home() / ".cache") / "flash_rocm"
+
+
+def prebuilt_kernels() -> pathlib.Path | None:
+    """Where ``flash-rocm build`` has put compiled kernels: ``triton`` in an explicit ``FLASH_ROCM_CACHE_DIR``."""
+    if not _variables.get(b"FLASH_ROCM_CACHE_DIR"):
+        return None
+    folder = cache_dir() / "triton"
+    return folder if folder.is_dir() else None
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """Version of the installed Triton, read without importing it; None if there is none."""
+    for distribution in ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown" if importlib.util.find_spec("triton") else None
 
 
 def rocm_home() -> str:
@@ -220,12 +280,14 @@ def triton_interpret() -> bool:
 
 #: Variables that this version reads.
 _VARIABLES = (
+    "FLASH_ROCM_AUTOTUNE",
     "FLASH_ROCM_BACKEND",
     "FLASH_ROCM_CACHE_DIR",
     "FLASH_ROCM_CONFIG_DIR",
     "FLASH_ROCM_KERNEL_CONFIG",
     "FLASH_ROCM_LOG",
     "FLASH_ROCM_VIRTUAL_GPU",
+    "FLASH_ATTENTION_TRITON_AMD_AUTOTUNE",
     "FLASH_ATTENTION_TRITON_AMD_ENABLE",
     "FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON",
     "ROCM_HOME",
@@ -233,11 +295,7 @@ _VARIABLES = (
     "XDG_CACHE_HOME",
 )
 #: Variables that belong to the project, or that ROCm users know, and that this version does not act on.
-_UNUSED_VARIABLES = (
-    "FLASH_ROCM_AUTOTUNE",
-    "FLASH_ROCM_DEBUG",
-    "FLASH_ATTENTION_TRITON_AMD_AUTOTUNE",
-)
+_UNUSED_VARIABLES = ("FLASH_ROCM_DEBUG",)
 #: Variables of the driver and of torch that decide which devices are seen.
 _DEVICE_VARIABLES = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION")
 
@@ -296,14 +354,14 @@ def warn_once(message: str) -> None:
 
 
 @functools.cache
-def log_once(message: str) -> None:
-    """One line at info level, however often the same thing happens.
+def log_once(message: str, level: int = logging.INFO) -> None:
+    """One line, at info level unless stated, however often the same thing happens.
 
     Raises:
         ValueError: ``FLASH_ROCM_LOG`` is none of debug, info and warning.
     """
     configure_logging()
-    logger.info(message)
+    logger.log(level, message)
 
 
 # --------------------------------------------------------------------------------------------------

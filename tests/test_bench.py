@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flash_rocm.bench import check, cli, grid, memory, overhead, peers, plot, prepared, shapes, tables, timing
+from flash_rocm import timing
+from flash_rocm.bench import check, cli, grid, memory, overhead, peers, plot, prepared, shapes, tables
 from flash_rocm.bench.ratios import summary
 from flash_rocm.bench.report import Report
 

@@ -39,9 +39,11 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 def test_info_survives_a_wrong_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ROCM_BACKEND", "fastest")
+    monkeypatch.setenv("FLASH_ROCM_AUTOTUNE", "yes")
     status, out, _ = run(capsys, "info")
     assert status == 0
     assert "error: FLASH_ROCM_BACKEND: expected one of" in out
+    assert "error, FLASH_ROCM_AUTOTUNE: expected 0 or 1, got 'yes'" in out
 
 
 def test_explain_chooses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,6 +141,7 @@ def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str], argume
 
 def test_explain_with_a_wrong_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ROCM_BACKEND", "fastest")
+    monkeypatch.setenv("FLASH_ROCM_AUTOTUNE", "yes")
     status, _, err = run(capsys, "explain")
     assert status == 2
     assert err.startswith("flash-rocm explain: FLASH_ROCM_BACKEND: expected one of")

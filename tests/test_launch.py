@@ -28,10 +28,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """(kernel, key, everything else the launch would take) of each call; nothing is launched."""
     recorded: list[tuple[Any, ...]] = []
 
-    def record(
-        self: Any, key: Any, current: Any, programs: int, tensors: Any, lse: Any, scalars: Any, const: Any
-    ) -> None:
-        recorded.append((id(self), key, (programs, scalars, current.constants | const, current.options)))
+    def record(self: Any, key: Any, call: launch.Call) -> None:
+        constants = call.plan.constants | call.constants
+        recorded.append((id(self), key, (call.programs, call.scalars, constants, call.plan.options)))
 
     monkeypatch.setattr(launch.Launcher, "launch_new", record)
     return recorded

@@ -15,7 +15,10 @@ BACKENDS = ("flash_rocm._triton", "flash_rocm._ck", "flash_rocm.reference")
 
 LEAVES = frozenset(
     f"flash_rocm.{name}"
-    for name in ("problem", "runtime", "config", "config_schema", "validation", "amdgpu.assembly", "amdgpu.chips")
+    for name in (
+        *("problem", "runtime", "config", "config_schema", "validation", "files", "timing", "tuned"),
+        *("amdgpu.assembly", "amdgpu.chips"),
+    )
 )
 #: What a module may import of flash_rocm; a module that is not named here is outside (cli, demo, ...).
 ALLOWED = {

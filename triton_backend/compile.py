@@ -36,6 +36,44 @@ def target_of(arch: Arch) -> GPUTarget:
     return GPUTarget("cuda", int(arch.name.removeprefix("sm")), 32)
 
 
+def source_for(
+    arch: Arch,
+    function: Any,
+    pointers: Mapping[str, Pointer | None],
+    constants: Mapping[str, Any],
+    options: Mapping[str, int],
+) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton compiles for such a launch, and its options.
+
+    Signature and attributes are those that Triton works out at a launch, to the letter: its caches are keyed
+    by them, and find what was compiled here.
+
+    Args:
+        function: the Triton function.
+        pointers: its pointer arguments by name, None where the launch passes None.
+        constants: values of its compile-time arguments by name.
+        options: of the compiler.
+    """
+    buffers = arch.vendor == "amd" and triton.knobs.amd.use_buffer_ops
+    specialisation: list[tuple[str, Any]] = []
+    for name, param in zip(function.arg_names, function.params, strict=True):
+        if param.is_constexpr:
+            specialisation.append(("constexpr", constants[name]))
+        elif name not in pointers:
+            specialisation.append((param.annotation_type, None))
+        elif (pointer := pointers[name]) is None:
+            specialisation.append(("constexpr", None))
+        else:
+            facts = ("D" if pointer.aligned else "") + ("S" if buffers and pointer.near else "")
+            specialisation.append((f"*{ELEMENTS[pointer.dtype]}", facts))
+    bound = {name: constants.get(name) for name in function.arg_names}
+    # Private, but the only thing that says how this version of Triton words the attributes.
+    chosen, signature, constexprs, attrs = function._pack_args(
+        triton.compiler.make_backend(target_of(arch)), dict(options), bound, specialisation, None
+    )
+    return ASTSource(function, signature, constexprs, attrs), dict(chosen.__dict__)
+
+
 def compile_for(
     arch: Arch,
     function: Any,
@@ -43,34 +81,10 @@ def compile_for(
     constants: Mapping[str, Any],
     options: Mapping[str, int],
 ) -> Any:
-    """Compile one kernel.
-
-    Args:
-        function: the Triton function.
-        pointers: its pointer arguments by name, None where the launch passes None.
-        constants: values of its compile-time arguments by name.
-        options: of the compiler.
+    """Compile one kernel; arguments as for :func:`source_for`.
 
     Returns:
         Triton's compiled kernel: ``asm`` ("amdgcn", "hsaco", "ptx", ...) and ``metadata``.
     """
-    signature: dict[str, str] = {}
-    constexprs: dict[tuple[int, ...], Any] = {}
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, param in enumerate(function.params):
-        name = param.name
-        if param.is_constexpr or pointers.get(name, param) is None:
-            signature[name] = "constexpr"
-            constexprs[(index,)] = constants[name] if param.is_constexpr else None
-        elif name in pointers:
-            pointer: Any = pointers[name]
-            signature[name] = f"*{ELEMENTS[pointer.dtype]}"
-            facts = [["tt.divisibility", 16]] if pointer.aligned else []
-            if arch.vendor == "amd" and pointer.near:
-                facts.append(["tt.pointer_range", 32])
-            if facts:
-                attrs[(index,)] = facts
-        else:
-            signature[name] = param.annotation_type
-    source = ASTSource(function, signature, constexprs, attrs)
-    return triton.compile(source, target=target_of(arch), options=dict(options))
+    source, chosen = source_for(arch, function, pointers, constants, options)
+    return triton.compile(source, target=target_of(arch), options=chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,8 +12,9 @@ import triton
 from flash_rocm import runtime
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.problem import AttentionInputs, AttentionProblem, lse_shape
+from flash_rocm.runtime import ConfigSource
 
-from . import virtual
+from . import prebuilt, virtual
 from .backward_kernels import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel
 from .common import INTERPRET
 from .forward_kernel import attn_fwd_kernel
@@ -27,6 +28,18 @@ _hooks = triton.knobs.runtime
 _BUFFER_BYTES = (1 << 31) - 1
 
 Strides = tuple[int, int, int]
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+class Call(NamedTuple):
+    """What launching one kernel takes, the first time."""
+
+    plan: Plan
+    programs: int  # workgroups
+    tensors: Tensors
+    lse_strides: tuple[int, int]
+    scalars: tuple[int | float, ...]  # behind the strides of softmax_lse; they follow from problem and strides
+    constants: dict[str, Any]  # VEC, WIDE and what else does not follow from the problem
 
 
 class _Known:
@@ -53,6 +66,8 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self._known: dict[tuple[Any, ...], _Known] = {}
+        #: Triton's hashes of the compiled kernels that were launched.
+        self.compiled: set[str] = set()
 
     def launch_known(self, key: tuple[Any, ...], index: int, fresh: list[int | None]) -> bool:
         """Launch on device ``index`` what :meth:`launch_new` remembered under ``key``; False if nothing was.
@@ -76,46 +91,41 @@ class Launcher:
         known.run(programs, 1, 1, stream, known.function, known.metadata, None, None, None, *fresh, *tail)
         return True
 
-    def launch_new(
-        self,
-        key: tuple[Any, ...],
-        current: Plan,
-        programs: int,
-        tensors: tuple[torch.Tensor | None, ...],
-        lse_strides: tuple[int, int],
-        scalars: tuple[int | float, ...],
-        layout_constants: dict[str, Any],
-    ) -> None:
-        """Compile if needed, launch ``programs`` workgroups, remember under ``key``.
-
-        Args:
-            scalars: run-time numbers behind the strides of softmax_lse, all of which follow from the key.
-            layout_constants: VEC, WIDE and what else does not follow from the problem.
-        """
+    def launch_new(self, key: tuple[Any, ...] | None, call: Call) -> None:
+        """Compile if needed, launch, remember under ``key`` unless that is None."""
         if INTERPRET.value != runtime.triton_interpret():
             raise RuntimeError(
                 "TRITON_INTERPRET: expected the value it had when the kernels were imported, "
                 f"{int(INTERPRET.value)}, got {int(runtime.triton_interpret())}. Hint: set it before Python starts."
             )
-        values = {**current.constants, **layout_constants}
-        names = self.kernel.arg_names[len(tensors) + len(lse_strides) + len(scalars) :]
-        tail = (*scalars, *(values[name] for name in names))
+        current, programs, tensors = call.plan, call.programs, call.tensors
+        tail = self.tail_of(call)
         device = tensors[0].device  # type: ignore[union-attr]
         if device.type == "cpu" and not INTERPRET.value:
-            virtual.launch(self.kernel, current, programs, tensors, (*lse_strides, *scalars), values)
+            names = self.kernel.arg_names[len(tensors) + len(call.lse_strides) :]
+            constants = dict(zip(names, tail, strict=True))
+            virtual.launch(self.kernel, current, programs, tensors, (*call.lse_strides, *call.scalars), constants)
             return
         # Triton launches on the current device, which need not be that of the tensors.
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(), prebuilt.in_use():
             try:
-                compiled = self.kernel[(programs,)](*tensors, *lse_strides, *tail, **current.options)
+                compiled = self.kernel[(programs,)](*tensors, *call.lse_strides, *tail, **current.options)
             except triton.OutOfResources as error:
                 raise ConfigError(
                     f"{current.config.describe()}: expected a kernel that fits the chip, {error}"
                 ) from error
         if not INTERPRET.value:
-            if len(self._known) >= _KNOWN_MAX:
-                self._known.clear()
-            self._known[key] = _Known(compiled, programs, tail)
+            self.compiled.add(compiled.hash)
+            if key is not None:
+                if len(self._known) >= _KNOWN_MAX:
+                    self._known.clear()
+                self._known[key] = _Known(compiled, programs, tail)
+
+    def tail_of(self, call: Call) -> tuple[Any, ...]:
+        """Arguments of the kernel behind the strides of softmax_lse: run-time numbers, then constants."""
+        values = {**call.plan.constants, **call.constants}
+        names = self.kernel.arg_names[len(call.tensors) + len(call.lse_strides) + len(call.scalars) :]
+        return (*call.scalars, *(values[name] for name in names))
 
 
 #: The kernels by the names that configs use.
@@ -127,7 +137,60 @@ KERNELS = {
 }
 
 
-def _pointers(tensors: tuple[torch.Tensor | None, ...]) -> tuple[list[int | None], Any]:
+def compilations() -> int:
+    """How many compiled kernels the launches of this process have needed so far."""
+    return sum(len(launcher.compiled) for launcher in KERNELS.values())
+
+
+def settle(
+    kernel: str, problem: AttentionProblem, device: torch.device, key: tuple[Any, ...], configs: ConfigSource | None
+) -> tuple[tuple[Any, ...] | None, ConfigSource | None]:
+    """Key and configs of a launch that is not known yet, after tuning where that is asked for."""
+    if configs is None or not configs.tune:
+        return key, configs
+    from .tuning import tune_at_first_use  # measures by launching, so it imports this module
+
+    if tune_at_first_use(kernel, problem, device, configs):
+        return key, configs
+    # Not now: the default config, and nothing remembered that would keep a later call from tuning.
+    return None, configs._replace(tune=False)
+
+
+def new_call(
+    kernel: str,
+    problem: AttentionProblem,
+    configs: ConfigSource | None,
+    tensors: Tensors,
+    strided: tuple[torch.Tensor, ...],
+    lse_strides: tuple[int, int],
+    alibi_slopes: torch.Tensor | None,
+    has_dlse: bool = False,
+) -> Call:
+    """What launching a kernel takes that no earlier launch has worked out.
+
+    Args:
+        tensors: the kernel's pointers.
+        strided: of these, the ones whose strides it takes: q, k and, where it reads them, v and dout.
+    """
+    q = strided[0]
+    current = plan(kernel, problem, runtime.arch_of(q.device), configs)
+    strides = tuple(_strides(x) for x in strided)
+    is_backward = kernel.startswith("backward")
+    row = max(problem.headdim if is_backward else 0, problem.headdim_v if kernel != "probs" else 0)
+    constants = _layout_constants(current, q.element_size(), strides, problem.nheads * row)
+    heads = problem.nheads_k if kernel == "backward_dkdv" else problem.nheads
+    scalars: list[int | float] = [*_divided(strides, constants["VEC"]), _slopes_stride(alibi_slopes)]
+    scalars += _counts(problem, current, heads)
+    if is_backward:
+        constants["HAS_DLSE"] = has_dlse
+        scalars.append(problem.softmax_scale)
+    scalars += _modifiers(current)
+    if kernel != "probs":
+        scalars.append(current.dropout_rescale)
+    return Call(current, current.blocks * problem.batch * heads, tensors, lse_strides, tuple(scalars), constants)
+
+
+def _pointers(tensors: Tensors) -> tuple[list[int | None], Any]:
     """Addresses, and what Triton specialises them on; 0 for the usual case, all 16-byte aligned.
 
     Launches take numbers: about a tensor Triton would ask the driver, which the first launch has done.
@@ -153,7 +216,7 @@ def _strides(x: torch.Tensor) -> Strides:
     return (stride[0], stride[1], stride[2]) if len(stride) == 4 else (0, stride[0], stride[1])
 
 
-def _lse_strides(softmax_lse: torch.Tensor) -> tuple[int, int]:
+def lse_strides_of(softmax_lse: torch.Tensor) -> tuple[int, int]:
     """(batch, head) strides of softmax_lse and of what shares its layout."""
     stride = softmax_lse.stride()
     return (stride[0], stride[1]) if len(stride) == 3 else (0, stride[0])
@@ -229,25 +292,15 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
         lse = q.new_empty((problem.batch, problem.nheads, problem.seqlen_q), dtype=torch.float32)
     tensors = (q, k, v, out, lse, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
     pointers, facts = _pointers(tensors)
-    lse_strides = _lse_strides(lse)
+    lse_strides = lse_strides_of(lse)
     index = q.get_device()
     configs = runtime.config_source()
     key = (problem, q.stride(), k.stride(), v.stride(), slopes is None or slopes.stride(), index, facts, configs)
     launcher = KERNELS["forward"]
     if launcher.launch_known(key, index, [*pointers, *lse_strides]):
         return out, lse
-    current = plan("forward", problem, runtime.arch_of(q.device), configs)
-    strides = (_strides(q), _strides(k), _strides(v))
-    constants = _layout_constants(current, q.element_size(), strides, problem.nheads * problem.headdim_v)
-    scalars = (
-        *_divided(strides, constants["VEC"]),
-        _slopes_stride(slopes),
-        *_counts(problem, current, problem.nheads),
-        *_modifiers(current),
-        current.dropout_rescale,
-    )
-    programs = current.blocks * problem.batch * problem.nheads
-    launcher.launch_new(key, current, programs, tensors, lse_strides, scalars, constants)
+    known_as, configs = settle("forward", problem, q.device, key, configs)
+    launcher.launch_new(known_as, new_call("forward", problem, configs, tensors, (q, k, v), lse_strides, slopes))
     return out, lse
 
 
@@ -276,7 +329,7 @@ def backward(
     dkdv_tensors = (q, k, v, dout, softmax_lse, delta, dk, dv, *optional)
     index = q.get_device()
     configs = runtime.config_source()
-    lse_strides = _lse_strides(softmax_lse)
+    lse_strides = lse_strides_of(softmax_lse)
     dq_pointers, dq_facts = _pointers(dq_tensors)
     dkdv_pointers, dkdv_facts = _pointers(dkdv_tensors)
     key = (
@@ -296,25 +349,12 @@ def backward(
     if dq_done and KERNELS["backward_dkdv"].launch_known(key, index, [*dkdv_pointers, *lse_strides]):
         return dq, dk, dv
 
-    strides = (_strides(q), _strides(k), _strides(v), _strides(dout))
-    longest_row = problem.nheads * max(problem.headdim, problem.headdim_v)
-    for kernel, tensors, heads in (
-        ("backward_dq", dq_tensors, problem.nheads),
-        ("backward_dkdv", dkdv_tensors, problem.nheads_k),
-    ):
-        current = plan(kernel, problem, runtime.arch_of(q.device), configs)
-        constants = _layout_constants(current, q.element_size(), strides, longest_row)
-        constants["HAS_DLSE"] = dlse is not None
-        scalars = (
-            *_divided(strides, constants["VEC"]),
-            _slopes_stride(slopes),
-            *_counts(problem, current, heads),
-            problem.softmax_scale,
-            *_modifiers(current),
-            current.dropout_rescale,
+    for kernel, tensors in (("backward_dq", dq_tensors), ("backward_dkdv", dkdv_tensors)):
+        known_as, settled = settle(kernel, problem, q.device, key, configs)
+        call = new_call(
+            kernel, problem, settled, tensors, (q, k, v, dout), lse_strides, slopes, has_dlse=dlse is not None
         )
-        programs = current.blocks * problem.batch * heads
-        KERNELS[kernel].launch_new(key, current, programs, tensors, lse_strides, scalars, constants)
+        KERNELS[kernel].launch_new(known_as, call)
     return dq, dk, dv
 
 
@@ -323,22 +363,12 @@ def probs(problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch
     q, k, _, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, _ = inputs
     softmax_lse = softmax_lse.contiguous()
     configs = runtime.config_source()
-    current = plan("probs", problem, runtime.arch_of(q.device), configs)
     result = q.new_zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
-    strides = (_strides(q), _strides(k))
-    constants = _layout_constants(current, q.element_size(), strides, 0)
     tensors = (q, k, softmax_lse, result, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
-    scalars = (
-        *_divided(strides, constants["VEC"]),
-        _slopes_stride(slopes),
-        *_counts(problem, current, problem.nheads),
-        *_modifiers(current),
-    )
     pointers, facts = _pointers(tensors)
     index = q.get_device()
-    lse_strides = _lse_strides(softmax_lse)
+    lse_strides = lse_strides_of(softmax_lse)
     key = (problem, q.stride(), k.stride(), slopes is None or slopes.stride(), index, facts, configs)
     if not KERNELS["probs"].launch_known(key, index, [*pointers, *lse_strides]):
-        programs = current.blocks * problem.batch * problem.nheads
-        KERNELS["probs"].launch_new(key, current, programs, tensors, lse_strides, scalars, constants)
+        KERNELS["probs"].launch_new(key, new_call("probs", problem, configs, tensors, (q, k), lse_strides, slopes))
     return result

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
 from typing import Any
 
 import torch
+import triton
+from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_key, get_cache_manager
 
 from flash_rocm.problem import AttentionProblem
 from flash_rocm.runtime import Arch, ConfigSource
 
-from .compile import Pointer, compile_for
+from .compile import Pointer, source_for, target_of
 from .launch import KERNELS
 from .plan import plan
 
@@ -39,6 +45,31 @@ def _absent(name: str, problem: AttentionProblem, has_dlse: bool) -> bool:
     )
 
 
+def source_of(
+    kernel: str,
+    problem: AttentionProblem,
+    arch: Arch,
+    *,
+    has_dlse: bool = False,
+    wide: bool = False,
+    source: ConfigSource | None = None,
+) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton compiles for a launch on contiguous tensors whose addresses divide by 16 bytes, and its options.
+
+    Args: as :func:`compile_kernel`.
+    """
+    function = KERNELS[kernel].kernel
+    current = plan(kernel, problem, arch, source)
+    vec = math.gcd(16 // problem.dtype.itemsize, problem.headdim, problem.headdim_v)
+    constants: dict[str, Any] = {**current.constants, "VEC": vec, "WIDE": wide, "HAS_DLSE": has_dlse}
+    pointers = {
+        name: None if _absent(name, problem, has_dlse) else Pointer(_POINTERS.get(name, problem.dtype))
+        for name in function.arg_names
+        if name.endswith("_ptr")
+    }
+    return source_for(arch, function, pointers, constants, current.options)
+
+
 def compile_kernel(
     kernel: str,
     problem: AttentionProblem,
@@ -48,7 +79,7 @@ def compile_kernel(
     wide: bool = False,
     source: ConfigSource | None = None,
 ) -> Any:
-    """Compile one kernel of a problem as a launch would whose addresses and strides divide by 16 bytes.
+    """Compile one kernel of a problem as a launch on contiguous, aligned tensors would.
 
     Args:
         kernel: a key of :data:`flash_rocm._triton.launch.KERNELS`.
@@ -59,16 +90,33 @@ def compile_kernel(
     Returns:
         Triton's compiled kernel: ``asm`` ("amdgcn", "hsaco", "ptx", ...) and ``metadata``.
     """
-    function = KERNELS[kernel].kernel
-    current = plan(kernel, problem, arch, source)
-    vec = 16 // problem.dtype.itemsize
-    constants = {**current.constants, "VEC": vec, "WIDE": wide, "HAS_DLSE": has_dlse}
-    pointers = {
-        name: None if _absent(name, problem, has_dlse) else Pointer(_POINTERS.get(name, problem.dtype))
-        for name in function.arg_names
-        if name.endswith("_ptr")
-    }
-    return compile_for(arch, function, pointers, constants, current.options)
+    code, options = source_of(kernel, problem, arch, has_dlse=has_dlse, wide=wide, source=source)
+    return triton.compile(code, target=target_of(arch), options=options)
+
+
+def cache_key(code: ASTSource, arch: Arch, options: dict[str, Any]) -> str:
+    """Name of the folder in Triton's cache that holds a compiled kernel."""
+    backend = triton.compiler.make_backend(target_of(arch))
+    variables = triton._C.libtriton.get_cache_invalidating_env_vars()
+    key = get_cache_key(code, backend, backend.parse_options(dict(options)), env_vars=variables)
+    return get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).key
+
+
+def build_host_part(compiled: Any, arch: Arch) -> str:
+    """Compile and keep the C code with which Triton launches a kernel; "" or why it could not be.
+
+    It needs the libraries of the GPU's driver or runtime, but no GPU.
+    """
+    name = "amd" if arch.vendor == "amd" else "nvidia"
+    try:
+        driver = triton.backends.backends[name].driver()
+        # Older versions of Triton also write C code for each signature.
+        if hasattr(sys.modules[type(driver).__module__], "make_launcher"):
+            driver.launcher_cls(compiled.src, compiled.metadata)
+    except Exception as error:  # noqa: BLE001 - assertions, loader and compiler errors, each in its own class
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0] if lines else 'no text'}"
+    return ""
 
 
 def listing(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None) -> tuple[str, int]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from flash_rocm import config, runtime
+from flash_rocm import config, runtime, tuned
 from flash_rocm.amdgpu.chips import CHIPS
 from flash_rocm.config_schema import Facts, KernelConfig
 from flash_rocm.problem import AttentionProblem, dropout_threshold
 from flash_rocm.runtime import Arch, ConfigSource
+from flash_rocm.tuned import TuneKey
 
 LOG2E = math.log2(math.e)
 #: tl.dot needs at least 16 in every dim.
@@ -52,7 +53,13 @@ def kernel_config(
     kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None = None
 ) -> KernelConfig:
     """The config entry one kernel of this problem takes on this arch."""
-    return config.lookup(arch.name, kernel, facts_of(problem), source)
+    found = tuned.find(source.tuned, tune_key(kernel, problem, arch)) if source and source.tuned else None
+    return config.lookup(arch.name, kernel, facts_of(problem), source, found)
+
+
+def tune_key(kernel: str, problem: AttentionProblem, arch: Arch) -> TuneKey:
+    """Where a tuned entry for one kernel of this problem is kept."""
+    return tuned.key_of(arch.name, kernel, facts_of(problem), problem.group_size)
 
 
 def kernels_of(problem: AttentionProblem) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from flash_rocm.bench.check import Expected, Verdict
 from flash_rocm.bench.peers import Peer
 from flash_rocm.bench.prepared import Prepared
 from flash_rocm.bench.shapes import Data, Shape, make_data
-from flash_rocm.bench.timing import Clock, Entry, describe_error, interleave, median, speed
+from flash_rocm.timing import Clock, Entry, describe_error, interleave, median, speed
 
 #: ok: measured.  skipped: not run, for a reason known before.  wrong: it computed something else, so
 #: no speed.  error: it raised.

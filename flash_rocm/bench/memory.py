@@ -13,7 +13,7 @@ from flash_rocm.bench.grid import Result, check_peer
 from flash_rocm.bench.peers import Peer
 from flash_rocm.bench.prepared import Prepared
 from flash_rocm.bench.shapes import Shape, make_data
-from flash_rocm.bench.timing import describe_error
+from flash_rocm.timing import describe_error
 
 GPU_SEQLENS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 CPU_SEQLENS = (256, 512, 1024, 2048)

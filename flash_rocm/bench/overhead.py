@@ -16,7 +16,7 @@ from flash_rocm.bench.grid import check_peer
 from flash_rocm.bench.peers import Peer
 from flash_rocm.bench.prepared import Prepared
 from flash_rocm.bench.shapes import Shape, make_data
-from flash_rocm.bench.timing import describe_error, median
+from flash_rocm.timing import describe_error, median
 
 MODES = ("no_grad", "autograd forward", "autograd forward+backward")
 

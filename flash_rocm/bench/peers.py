@@ -16,7 +16,7 @@ import flash_rocm
 from flash_rocm import backends, runtime
 from flash_rocm.bench.prepared import Attention, Prepared
 from flash_rocm.bench.shapes import Data, Shape
-from flash_rocm.bench.timing import describe_error
+from flash_rocm.timing import describe_error
 
 #: Bytes that the score buffers of standard attention may take on the CPU.
 _CPU_SCORE_BYTES = 4 << 30

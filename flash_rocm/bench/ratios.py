@@ -8,7 +8,7 @@ from typing import Any
 from flash_rocm.bench.grid import Result
 from flash_rocm.bench.peers import SUBJECT
 from flash_rocm.bench.shapes import DIRECTIONS, MASKS
-from flash_rocm.bench.timing import geometric_mean
+from flash_rocm.timing import geometric_mean
 
 Panel = tuple[str, int, str]  # direction, headdim, mask
 

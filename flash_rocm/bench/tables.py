@@ -9,7 +9,7 @@ from flash_rocm.bench.memory import Peak, growth
 from flash_rocm.bench.overhead import MODES, Overhead
 from flash_rocm.bench.peers import BASELINE, STANDARD, SUBJECT
 from flash_rocm.bench.ratios import panels, peer_names, ratios, summary
-from flash_rocm.bench.timing import geometric_mean, median
+from flash_rocm.timing import geometric_mean, median
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

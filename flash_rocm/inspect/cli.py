@@ -19,53 +19,63 @@ from .report import Case, Report
 from .tables import as_json, as_table, read_json
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
+    """Names with commas between."""
     return [name.strip() for name in text.split(",")]
 
 
-def _archs(text: str) -> list[str]:
+def archs(text: str) -> list[str]:
+    """Names of chips, groups of them written out."""
     groups = {"all": AMD_ARCHS + NVIDIA_ARCHS, "amd": AMD_ARCHS}
-    return [arch for name in _names(text) for arch in groups.get(name, (name,))]
+    return [arch for name in names(text) for arch in groups.get(name, (name,))]
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """Numbers with commas between."""
     try:
-        return [int(name) for name in _names(text)]
+        return [int(name) for name in names(text)]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r}") from error
 
 
-def _jobs(text: str) -> int:
+def jobs(text: str) -> int:
+    """A number of processes."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number >= 1, got {text!r}")
     return int(text)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command; every list takes commas."""
+def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say which kernels; every list takes commas."""
     add = parser.add_argument
     add(
         "--arch",
-        type=_archs,
+        type=archs,
         required=True,
         metavar="ARCH",
         help=f"gfx942 and the like, amd ({', '.join(AMD_ARCHS)}) or all",
     )
     add(
         "--kernel",
-        type=_names,
+        type=names,
         metavar="KERNEL",
         help=f"of {', '.join(KERNELS)}; default: {', '.join(SHIPPED_KERNELS)}",
     )
-    add("--dtype", type=_names, default=list(DTYPES), metavar="DTYPE", help=f"of {', '.join(DTYPES)}; default: all")
-    add("--headdim", type=_numbers, metavar="D", help=f"default: {', '.join(map(str, HEADDIMS))}")
-    add("--mask", type=_names, default=list(MASKS), metavar="MASK", help=f"of {', '.join(MASKS)}; default: both")
+    add("--dtype", type=names, default=list(DTYPES), metavar="DTYPE", help=f"of {', '.join(DTYPES)}; default: all")
+    add("--headdim", type=numbers, metavar="D", help=f"default: {', '.join(map(str, HEADDIMS))}")
+    add("--mask", type=names, default=list(MASKS), metavar="MASK", help=f"of {', '.join(MASKS)}; default: both")
+    add("--jobs", type=jobs, default=os.cpu_count() or 1, help="compiler processes; default: %(default)s")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    add_case_arguments(parser)
+    add = parser.add_argument
     add("--format", choices=("table", "json"), default="table", help="default: %(default)s")
     add("--output", type=pathlib.Path, metavar="FILE", help="write there instead of to the terminal")
     add("--diff", type=pathlib.Path, metavar="OLD.json", help="print what changed since a run with --format json")
     add("--check", action="store_true", help="exit with 1 if a kernel breaks the limits of its config entry")
     add("--object", type=pathlib.Path, metavar="FILE.co", help="inspect this code object instead of our kernels")
-    add("--jobs", type=_jobs, default=os.cpu_count() or 1, help="compiler processes; default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,7 +107,12 @@ def _write(text: str, output: pathlib.Path | None) -> None:
         raise InspectError(f"--output: expected a file to write to, {error}") from error
 
 
-def _kernel_reports(args: argparse.Namespace) -> tuple[list[Report], list[str]]:
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """The kernels that :func:`add_case_arguments` name.
+
+    Raises:
+        InspectError: a name is none.
+    """
     cases = [
         Case(arch, kernel, dtype, headdim, mask)
         for arch in args.arch
@@ -109,7 +124,11 @@ def _kernel_reports(args: argparse.Namespace) -> tuple[list[Report], list[str]]:
     cases = list(dict.fromkeys(cases))
     for case in cases:
         check_case(case)
-    return inspect_cases(cases, runtime.config_source(), args.jobs)
+    return cases
+
+
+def _kernel_reports(args: argparse.Namespace) -> tuple[list[Report], list[str]]:
+    return inspect_cases(cases_of(args), runtime.config_source(), args.jobs)
 
 
 def _object_reports(args: argparse.Namespace) -> tuple[list[Report], list[str]]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import importlib.resources
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 
 import torch
 
-from flash_rocm import backends, config, runtime
+from flash_rocm import backends, config, files, runtime
 from flash_rocm.amdgpu.assembly import AssemblyError, parse_amdgcn
 from flash_rocm.config_schema import KERNELS, ConfigError
 from flash_rocm.problem import AttentionProblem, default_softmax_scale
@@ -133,7 +130,7 @@ def compiled_report(case: Case, source: ConfigSource | None) -> Report:
         # Compilers raise anything from AssertionError to their own classes.
         raise InspectError(f"{case}: does not compile with {entry.describe()}: {error!r}") from error
     facts = {
-        "compiler": f"Triton {_triton_version()}",
+        "compiler": f"Triton {runtime.triton_version()}",
         "options": entry.options(),
         "config": entry.source,
         "limits": entry.limits,
@@ -165,16 +162,6 @@ def compiled_report(case: Case, source: ConfigSource | None) -> Report:
 
 
 @functools.cache
-def _triton_version() -> str:
-    for distribution in ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise InspectError("inspect compiles kernels: expected the triton package, found none. Hint: pip install triton")
-
-
-@functools.cache
 def _sources_hash() -> str:
     """Of everything a report follows from but its config: kernels, and what compiles and counts them."""
     digest = hashlib.sha256()
@@ -188,7 +175,7 @@ def _sources_hash() -> str:
 def _cache_path(case: Case, source: ConfigSource | None) -> pathlib.Path:
     arch, problem = runtime.arch_named(case.arch), problem_of(case)
     entry = backends.load_planner().kernel_config(case.kernel, problem, arch, source)
-    key = (FORMAT, _sources_hash(), _triton_version(), arch, problem, case, entry.options())
+    key = (FORMAT, _sources_hash(), runtime.triton_version(), arch, problem, case, entry.options())
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
     return runtime.cache_dir() / "inspect" / f"{name}.json"
 
@@ -208,16 +195,7 @@ def cached_report(case: Case, source: ConfigSource | None) -> Report | None:
 
 
 def _store(path: pathlib.Path, report: Report) -> None:
-    """Write beside the place and move there, so that nobody reads half a file."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(to_json(report), file)
-            os.replace(temporary, path)
-        except OSError:
-            pathlib.Path(temporary).unlink(missing_ok=True)
-            raise
+        files.write_whole(path, json.dumps(to_json(report)))
     except OSError as error:
         runtime.warn_once(f"FLASH_ROCM_CACHE_DIR: {path.parent}: expected a folder to write to, nothing kept: {error}")

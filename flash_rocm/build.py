@@ -1,0 +1,108 @@
+"""``flash-rocm build``: compile the kernels ahead of time into a folder that launches look into."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from flash_rocm import backends, runtime, tuned
+from flash_rocm.bench.progress import Progress
+from flash_rocm.config_schema import ConfigError
+from flash_rocm.inspect import InspectError
+from flash_rocm.inspect.cli import add_case_arguments, cases_of, names
+from flash_rocm.inspect.kernels import problem_of
+from flash_rocm.inspect.report import Case
+from flash_rocm.runtime import ConfigSource
+
+LAYOUTS = ("dense", "varlen")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command; every list takes commas."""
+    add = parser.add_argument
+    add("--triton", action="store_true", required=True, help="the Triton kernels, so far the only ones to build")
+    add_case_arguments(parser)
+    add("--layout", type=names, default=list(LAYOUTS), metavar="LAYOUT", help=f"of {', '.join(LAYOUTS)}; default: both")
+    add(
+        "--output",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="folder to fill; default: triton in FLASH_ROCM_CACHE_DIR, where launches find it",
+    )
+
+
+def tasks_of(cases: Sequence[Case], layouts: Sequence[str], source: ConfigSource | None) -> Iterator[Any]:
+    """What to compile: each kernel with every config that calls of some length or head grouping take.
+
+    Raises:
+        InspectError: a layout or head dim that cannot be built.
+        ConfigError: a config is wrong.
+    """
+    planner, workers = backends.load_planner(), backends.load_workers()
+    lengths = [1 << bits for bits in range(18)]
+    for case in cases:
+        if case.headdim % 8:
+            raise InspectError(f"--headdim: expected multiples of 8, which aligned loads need, got {case.headdim}")
+        arch = runtime.arch_named(case.arch)
+        for layout in layouts:
+            if layout not in LAYOUTS:
+                raise InspectError(f"--layout: expected some of {', '.join(LAYOUTS)}, got {layout!r}")
+            found = {}
+            for length in lengths:
+                for group in tuned.GROUPS:
+                    problem = problem_of(case)
+                    problem = dataclasses.replace(
+                        problem,
+                        seqlen_q=length,
+                        seqlen_k=length,
+                        nheads_k=problem.nheads // group,
+                        varlen=layout == "varlen",
+                    )
+                    found[planner.kernel_config(case.kernel, problem, arch, source)] = problem
+            for problem in found.values():
+                yield workers.Task(case.kernel, problem, arch, source, with_host_part=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile and say what came of it; 1 if a kernel failed, 2 for wrong arguments."""
+    folder = args.output or runtime.cache_dir() / "triton"
+    try:
+        tasks = list(tasks_of(cases_of(args), args.layout, runtime.config_source()))
+        folder.mkdir(parents=True, exist_ok=True)
+        workers = backends.load_workers()
+    except (InspectError, ConfigError) as error:
+        print(f"flash-rocm build: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"flash-rocm build: --output: expected a folder to write to, {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"flash-rocm build: expected the triton package, {error}. Hint: pip install triton", file=sys.stderr)
+        return 2
+    with Progress(len(tasks), "building") as progress:
+        results = workers.compile_all(
+            tasks,
+            args.jobs,
+            cache=str(folder),
+            each=lambda task, result: progress.step(f"{task.arch.name} {task.kernel}"),
+        )
+    failures = [(task, result) for task, result in zip(tasks, results, strict=True) if isinstance(result, str)]
+    for task, why in failures:
+        print(f"{task.arch.name} {task.kernel} {task.problem.describe()}: {why}", file=sys.stderr)
+    print(f"{len(tasks) - len(failures)} kernels in {folder}, for Triton {runtime.triton_version()}")
+    hosts = {(task.arch.vendor, x.host_part) for task, x in zip(tasks, results, strict=True) if not isinstance(x, str)}
+    for vendor, why in sorted(hosts):
+        if why:
+            print(
+                f"the C code that launches them on {vendor} GPUs could not be built here ({why}): the first launch "
+                "needs a C compiler. Hint: build where the driver or ROCm is installed."
+            )
+    if runtime.prebuilt_kernels() != folder:
+        named = folder.name == "triton"
+        print(f"launches find them with FLASH_ROCM_CACHE_DIR={folder.parent if named else '...'}", end="")
+        print("" if named else ", where this folder has to be named triton")
+    return 1 if failures else 0

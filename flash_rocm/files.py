@@ -1,0 +1,60 @@
+"""Files that several processes share: whole or absent, and one writer at a time.  A leaf."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Iterator
+
+#: Between two looks at a lock that somebody else holds.
+_POLL_SECONDS = 0.1
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Write beside the place and move there: nobody reads half a file, and a failure leaves what was there.
+
+    Raises:
+        OSError: no folder to write to, or no space.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, patience: float) -> Iterator[bool]:
+    """Hold the lock of a file, ``<path>.lock``; False if another holds it for longer than ``patience`` seconds.
+
+    The lock ends with the process that holds it, however that ends.  Its file stays: removing it would let two
+    processes lock two files of one name.
+
+    Raises:
+        OSError: no folder to write to, or a file system without locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield _acquired(handle, time.monotonic() + patience)
+    finally:
+        os.close(handle)
+
+
+def _acquired(handle: int, deadline: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_SECONDS)

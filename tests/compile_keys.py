@@ -1,0 +1,78 @@
+"""Keys of Triton's caches for launches on chips that are not here, as Triton's JIT works them out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from flash_rocm import runtime
+from flash_rocm.problem import AttentionProblem
+from flash_rocm.runtime import Arch, arch_named
+from flash_rocm.testing import make_inputs
+
+triton = pytest.importorskip("triton", reason="works with Triton's cache keys")
+
+from flash_rocm._triton import launch, offline  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+#: (kernel, call) of every launch that would compile.
+Recorded = list[tuple[str, launch.Call]]
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Recorded]:
+    """``record(arch)``: from now on launches are for that chip, and are noted instead of done."""
+    names = {id(launcher): name for name, launcher in launch.KERNELS.items()}
+
+    def start(arch: str) -> Recorded:
+        recorded: Recorded = []
+        monkeypatch.setattr(runtime, "arch_of", lambda device: arch_named(arch))
+        monkeypatch.setattr(
+            launch.Launcher, "launch_new", lambda self, key, call: recorded.append((names[id(self)], call))
+        )
+        return recorded
+
+    return start
+
+
+@functools.cache
+def _binder(kernel: str, arch: Arch) -> Any:
+    function = launch.KERNELS[kernel].kernel
+    return create_function_from_signature(function.signature, function.params, make_backend(offline.target_of(arch)))
+
+
+def specialised(kernel: str, call: launch.Call, arch: Arch) -> tuple[Any, list[Any], dict[str, Any]]:
+    """Bound arguments, specialisation and options, as ``JITFunction.run`` works them out at a launch."""
+    tail = launch.KERNELS[kernel].tail_of(call)
+    # What run() adds to the options of a call; it leaves out what this version of Triton does not know.
+    knobs = triton.knobs
+    extra: dict[str, Any] = {"debug": False, "instrumentation_mode": knobs.compilation.instrumentation_mode}
+    if hasattr(knobs.compilation, "fpsan_homomorphic_casts"):
+        extra["fpsan_homomorphic_casts"] = knobs.compilation.fpsan_homomorphic_casts
+    return _binder(kernel, arch)(*call.tensors, *call.lse_strides, *tail, **call.plan.options, **extra)
+
+
+def jit_key(kernel: str, call: launch.Call, arch: Arch) -> str:
+    """Key of the JIT's cache in memory: the same key, the same compiled kernel."""
+    _, specialisation, options = specialised(kernel, call, arch)
+    return f"{specialisation}{options}"
+
+
+def disk_key(kernel: str, call: launch.Call, arch: Arch) -> str:
+    """Folder of the disk cache in which a launch looks for its compiled kernel."""
+    function, backend = launch.KERNELS[kernel].kernel, make_backend(offline.target_of(arch))
+    bound, specialisation, options = specialised(kernel, call, arch)
+    parsed, signature, constexprs, attrs = function._pack_args(backend, options, bound, specialisation, options)
+    return offline.cache_key(ASTSource(function, signature, constexprs, attrs), arch, parsed.__dict__)
+
+
+def launch_all(problem: AttentionProblem, **inputs: Any) -> None:
+    """Forward, and backward if gradients are needed."""
+    case = make_inputs(problem, **inputs)
+    out, lse = launch.forward(problem, case.inputs)
+    if problem.needs_grad:
+        launch.backward(problem, case.inputs, out, lse, case.dout, None)
