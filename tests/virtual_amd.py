@@ -1,13 +1,11 @@
 """Launches AMD's own assembled attention kernels, which the amd-aiter wheel ships, on the virtual GPU.
 
 The argument layout is that of ``fmha_fwd_v3_args`` in aiter's ``csrc/include/mha_fwd.h``: one argument every
-16 bytes.  The code objects are not part of this repository: ``FLASH_ROCM_AITER`` names the folder that holds
-``aiter_meta``.
+16 bytes.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,6 @@ import numpy as np
 from flash_rocm.virtual import LaunchStats, VirtualGpu, load_code_object
 
 TILE_Q = 256
-
-
-def aiter_root() -> Path | None:
-    """The unpacked wheel, or None."""
-    root = Path(os.environ.get("FLASH_ROCM_AITER", "/tmp/aiter/x")) / "aiter_meta" / "hsa"
-    return root if root.is_dir() else None
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
