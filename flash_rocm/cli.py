@@ -92,12 +92,13 @@ def info_lines() -> list[str]:
     lines += [f"  {name}={value}" + (f"   ({note})" if note else "") for name, value, note in variables]
     if not variables:
         lines.append("  nothing set")
+    request, virtual = "auto", None
     try:
         request = runtime.requested_backend()
+        virtual = runtime.virtual_device()
     except ValueError as error:
         lines.append(f"  error: {error}")
-        request = "auto"
-    for label, arch in _devices():
+    for label, arch in _devices(virtual):
         lines += _device_lines(label, arch, request)
     lines.append("kernel configs")
     archs_of: dict[str, list[str]] = {}
@@ -142,8 +143,8 @@ def _triton_version() -> str:
     return "installed, version unknown"
 
 
-def _devices() -> list[tuple[str, runtime.Arch]]:
-    found = [("cpu", runtime.CPU)]
+def _devices(virtual: runtime.VirtualDevice | None) -> list[tuple[str, runtime.Arch]]:
+    found = [("cpu, executing AMD machine code", runtime.arch_named(virtual.arch)) if virtual else ("cpu", runtime.CPU)]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             label = f"cuda:{index} {torch.cuda.get_device_name(index)}"

@@ -21,6 +21,7 @@ from flash_rocm.virtual import Checks, LdsRace
 
 ROOT = aiter_root()
 pytestmark = [
+    pytest.mark.virtual,
     pytest.mark.skipif(ROOT is None, reason=NO_AITER),
     pytest.mark.skipif(shutil.which("llvm-objdump-22") is None, reason="needs llvm-objdump-22"),
 ]
