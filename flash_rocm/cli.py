@@ -12,6 +12,7 @@ import importlib.util
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -228,20 +229,20 @@ def _explain(args: argparse.Namespace) -> int:
         shape = (batch * seqlen, heads, dim) if args.varlen else (batch, seqlen, heads, dim)
         return torch.empty(shape, dtype=DTYPES[args.dtype], device="meta", requires_grad=args.backward)
 
-    call = {
+    call: dict[str, Any] = {
         "dropout_p": args.dropout,
         "causal": args.causal,
         "window_size": tuple(args.window),
         "softcap": args.softcap,
         "alibi_slopes": torch.empty(nheads, device="meta") if args.alibi else None,
         "deterministic": args.deterministic,
-        "arch": args.arch or _devices()[-1][1],
     }
     if args.varlen:
         cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta")
         call |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
         call |= {"max_seqlen_q": seqlen_q, "max_seqlen_k": seqlen_k}
     try:
+        call["arch"] = args.arch or _devices(runtime.virtual_device())[-1][1]
         with runtime.use_backend(args.backend or runtime.requested_backend()):
             found = flash_rocm.explain(
                 make(seqlen_q, nheads, headdim),

@@ -109,6 +109,10 @@ class ConfigSource(NamedTuple):
 VIRTUAL_ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1200", "gfx1201")
 
 
+class VirtualDeviceError(ValueError):
+    """There is no such virtual GPU, or what executes it is not installed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class VirtualDevice:
     """A virtual AMD GPU that CPU tensors run on; what its fields mean, :func:`virtual_gpu` says."""
@@ -125,7 +129,7 @@ def virtual_device() -> VirtualDevice | None:
     """The virtual GPU in use: that of :func:`virtual_gpu` if inside one, else of ``FLASH_ROCM_VIRTUAL_GPU``.
 
     Raises:
-        ValueError: the variable names no chip that there is, or what executes it is not installed.
+        VirtualDeviceError: the variable names no chip that there is, or what executes it is not installed.
     """
     if _virtual_override is not None:
         return _virtual_override
@@ -140,17 +144,19 @@ def _environment_device(arch: str) -> VirtualDevice:
 
 
 def check_virtual(arch: str, argument: str) -> None:
-    """Raise ValueError if there is no virtual GPU of this arch; ``argument`` is the name that asked for it."""
+    """Raise VirtualDeviceError if there is no virtual GPU of this arch; ``argument`` is the name that asked for it."""
     if arch not in VIRTUAL_ARCHS:
-        raise ValueError(f"{argument}: expected one of {', '.join(VIRTUAL_ARCHS)}, got {arch!r}.")
+        raise VirtualDeviceError(f"{argument}: expected one of {', '.join(VIRTUAL_ARCHS)}, got {arch!r}.")
     missing = [name for name in ("triton", "numpy", "elftools", "msgpack") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(
+        raise VirtualDeviceError(
             f"{argument}: expected the packages that execute {arch} code, {', '.join(missing)} not found. "
             'Hint: pip install "flash_rocm[virtual]" triton'
         )
     if triton_interpret():
-        raise ValueError(f"{argument}: expected TRITON_INTERPRET to be unset, which replaces the compiler; it is set.")
+        raise VirtualDeviceError(
+            f"{argument}: expected TRITON_INTERPRET to be unset, which replaces the compiler; it is set."
+        )
     warn_once(f"attention on CPU tensors runs as {arch} machine code on the virtual GPU: a check of the code, and slow")
 
 
@@ -170,7 +176,7 @@ def virtual_gpu(arch: str, *, order: str = "lockstep", on_launch: Callable[[Any]
             call, with a trace or breakpoints for example.
 
     Raises:
-        ValueError: another arch, or a package is missing that this needs (the text says which).
+        VirtualDeviceError: another arch, or a package is missing that this needs (the text says which).
     """
     global _virtual_override
     check_virtual(arch, "arch")

@@ -127,9 +127,11 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="FLASH_ROCM_VIRTUAL_GPU: expected one of gfx90a, .*, got 'mi300'"):
         flash_rocm.flash_attn_func(q, k, v)
     assert cli.main(["info"]) == 0
-    with flash_rocm.virtual_gpu("gfx942"), pytest.raises(ValueError, match="order: expected .* got 'random'"):
-        with flash_rocm.virtual_gpu("gfx942", order="random"):
-            flash_rocm.flash_attn_func(q, k, v)
+    with (
+        pytest.raises(ValueError, match="order: expected .* got 'random'"),
+        flash_rocm.virtual_gpu("gfx942", order="random"),
+    ):
+        flash_rocm.flash_attn_func(q, k, v)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="expected TRITON_INTERPRET to be unset"), flash_rocm.virtual_gpu("gfx942"):
         pass
