@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flash_rocm.virtual import LaunchStats, VirtualGpu, load_code_object
+from flash_rocm.virtual import Launch, LaunchStats, VirtualGpu, load_code_object
 
 TILE_Q = 256
 
@@ -45,6 +45,14 @@ def run_forward(
     path: Path, arch: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, **options: Any
 ) -> tuple[np.ndarray, np.ndarray, LaunchStats]:
     """out and LSE of bfloat16 bits (batch, seqlen, heads, 128) by the kernel in ``path``."""
+    launch, out, lse = forward_launch(path, arch, q, k, v, causal)
+    return out, lse, launch.run(**options)
+
+
+def forward_launch(
+    path: Path, arch: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool
+) -> tuple[Launch, np.ndarray, np.ndarray]:
+    """What :func:`run_forward` runs, and the arrays that get its results."""
     code = load_code_object(path.read_bytes())
     gpu = VirtualGpu(arch)
     batch, rows, heads, dim = q.shape
@@ -67,5 +75,5 @@ def run_forward(
     )
     blocks = -(-rows // TILE_Q)
     grid = (-(-blocks // 2) if causal else blocks, heads, batch)
-    stats = gpu.launch(code, grid=grid, block_threads=512, kernargs=packed[: code.descriptor.kernarg_bytes], **options)
-    return out, lse, stats
+    kernargs = packed[: code.descriptor.kernarg_bytes]
+    return Launch(gpu, code, grid, block_threads=512, kernargs=kernargs, order="lockstep", owner=None), out, lse
