@@ -159,11 +159,11 @@ def _predicted(case: Case) -> dict[Case, Prediction]:
 
     generator = torch.Generator().manual_seed(0)
     shape, backward = (1, SEQLEN, 1, case.headdim), case.kernel.startswith("backward")
-    leaves = [torch.randn(shape, generator=generator).to(dtype).requires_grad_(backward) for _ in range(3)]
+    q, k, v = (torch.randn(shape, generator=generator).to(dtype).requires_grad_(backward) for _ in range(3))
     with flash_rocm.use_backend("triton"), flash_rocm.virtual_gpu(case.arch, on_launch=run):
-        out = flash_rocm.flash_attn_func(*leaves, causal=case.mask == "causal")
+        out = flash_rocm.flash_attn_func(q, k, v, causal=case.mask == "causal")
         if backward:
-            out.backward(torch.ones_like(out))
+            torch.autograd.backward(out, torch.ones_like(q))
     return found
 
 
