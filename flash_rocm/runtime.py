@@ -16,8 +16,8 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -114,12 +114,17 @@ class ConfigSource(NamedTuple):
 VIRTUAL_ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1200", "gfx1201")
 
 
+class VirtualDeviceError(ValueError):
+    """There is no such virtual GPU, or what executes it is not installed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class VirtualDevice:
-    """A virtual AMD GPU that CPU tensors run on; ``order``: in which order its waves take turns."""
+    """A virtual AMD GPU that CPU tensors run on; what its fields mean, :func:`virtual_gpu` says."""
 
     arch: str
     order: str = "lockstep"
+    on_launch: Callable[[Any], Any] | None = None
 
 
 _virtual_override: VirtualDevice | None = None
@@ -129,32 +134,39 @@ def virtual_device() -> VirtualDevice | None:
     """The virtual GPU in use: that of :func:`virtual_gpu` if inside one, else of ``FLASH_ROCM_VIRTUAL_GPU``.
 
     Raises:
-        ValueError: the variable names no chip that there is, or what executes it is not installed.
+        VirtualDeviceError: the variable names no chip that there is, or what executes it is not installed.
     """
     if _virtual_override is not None:
         return _virtual_override
     raw = _variables.get(b"FLASH_ROCM_VIRTUAL_GPU")
-    return _checked_virtual(os.fsdecode(raw), "FLASH_ROCM_VIRTUAL_GPU") if raw else None
+    return _environment_device(os.fsdecode(raw)) if raw else None
 
 
 @functools.cache
-def _checked_virtual(arch: str, argument: str, order: str = "lockstep") -> VirtualDevice:
+def _environment_device(arch: str) -> VirtualDevice:
+    check_virtual(arch, "FLASH_ROCM_VIRTUAL_GPU")
+    return VirtualDevice(arch)
+
+
+def check_virtual(arch: str, argument: str) -> None:
+    """Raise VirtualDeviceError if there is no virtual GPU of this arch; ``argument`` is the name that asked for it."""
     if arch not in VIRTUAL_ARCHS:
-        raise ValueError(f"{argument}: expected one of {', '.join(VIRTUAL_ARCHS)}, got {arch!r}.")
+        raise VirtualDeviceError(f"{argument}: expected one of {', '.join(VIRTUAL_ARCHS)}, got {arch!r}.")
     missing = [name for name in ("triton", "numpy", "elftools", "msgpack") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(
+        raise VirtualDeviceError(
             f"{argument}: expected the packages that execute {arch} code, {', '.join(missing)} not found. "
             'Hint: pip install "flash_rocm[virtual]" triton'
         )
     if triton_interpret():
-        raise ValueError(f"{argument}: expected TRITON_INTERPRET to be unset, which replaces the compiler; it is set.")
-    logger.info("CPU tensors run as %s machine code on the virtual GPU: exact, and slow", arch)
-    return VirtualDevice(arch, order)
+        raise VirtualDeviceError(
+            f"{argument}: expected TRITON_INTERPRET to be unset, which replaces the compiler; it is set."
+        )
+    warn_once(f"attention on CPU tensors runs as {arch} machine code on the virtual GPU: a check of the code, and slow")
 
 
 @contextlib.contextmanager
-def virtual_gpu(arch: str, *, order: str = "lockstep") -> Iterator[None]:
+def virtual_gpu(arch: str, *, order: str = "lockstep", on_launch: Callable[[Any], Any] | None = None) -> Iterator[None]:
     """Run the attention calls that are made inside, on CPU tensors, as machine code of an AMD GPU.
 
     The kernels are compiled for the chip and executed instruction by instruction: a check of the code,
@@ -165,13 +177,15 @@ def virtual_gpu(arch: str, *, order: str = "lockstep") -> Iterator[None]:
         arch: ``gfx90a``, ``gfx942``, ``gfx950``, ``gfx1100``, ``gfx1200`` or ``gfx1201``.
         order: how waves take turns between barriers: ``lockstep``, ``forward``, ``reverse`` or
             ``shuffled:SEED``.  A missing barrier shows in some of them only.
+        on_launch: called with each :class:`flash_rocm.virtual.Launch` instead of its ``run()``, which it has to
+            call, with a trace or breakpoints for example.
 
     Raises:
-        ValueError: another arch, or a package is missing that this needs (the text says which).
+        VirtualDeviceError: another arch, or a package is missing that this needs (the text says which).
     """
     global _virtual_override
-    device = _checked_virtual(arch, "arch", order)
-    before, _virtual_override = _virtual_override, device
+    check_virtual(arch, "arch")
+    before, _virtual_override = _virtual_override, VirtualDevice(arch, order, on_launch)
     try:
         yield
     finally:

@@ -11,39 +11,39 @@ import time
 from typing import Any
 
 import torch
-from virtual_device import device, launches_on
 
-from flash_rocm.testing import make_inputs, make_problem
-from flash_rocm.virtual import Checks
+import flash_rocm
+from flash_rocm.virtual import Checks, Launch
 
 
-def forward(seqlen: int, batch: int, **fields: Any) -> tuple[int, float]:
-    """(wave-instructions, CPU seconds) of a causal bfloat16 forward with 8 heads of 128."""
-    from flash_rocm._triton import launch
+def forward(seqlen: int, batch: int) -> Launch:
+    """The launch of a causal bfloat16 forward with 8 heads of 128."""
+    launches: list[Launch] = []
+    q, k, v = (torch.randn(batch, seqlen, 8, 128, dtype=torch.bfloat16) for _ in range(3))
+    with flash_rocm.virtual_gpu("gfx942", on_launch=launches.append):
+        flash_rocm.flash_attn_func(q, k, v, causal=True)
+    return launches[0]
 
-    problem = make_problem(
-        dtype=torch.bfloat16, batch=batch, seqlen_q=seqlen, seqlen_k=seqlen, nheads=8, headdim=128, window_right=0
-    )
-    case = make_inputs(problem)
-    used = device("gfx942", **fields)
-    with launches_on(used, problem):
-        start = time.process_time()
-        launch.forward(problem, case.inputs)
-        seconds = time.process_time() - start
-    return used.stats["forward"].wave_instructions, seconds
+
+def timed(launch: Launch, **options: Any) -> tuple[int, float]:
+    """(wave-instructions, CPU seconds) of a run."""
+    start = time.process_time()
+    count = launch.run(**options).wave_instructions
+    return count, time.process_time() - start
 
 
 def main() -> None:
-    forward(512, 2)  # compiles the kernel, and its instructions
-    for name, fields in {
+    launch = forward(512, 2)
+    launch.run()  # compiles the instructions
+    for name, options in {
         "all checks, lockstep": {},
         "no checks, lockstep": {"checks": Checks.none()},
         "all checks, shuffled:1": {"order": "shuffled:1"},
         "all checks, forward": {"order": "forward"},
     }.items():
-        count, seconds = forward(512, 2, **fields)
+        count, seconds = timed(launch, **options)
         print(f"{name:24s} {count} wave-instructions in {seconds:.2f} s: {count / seconds / 1e6:.2f} M/s")
-    count, seconds = forward(1024, 1)
+    count, seconds = timed(forward(1024, 1))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"1024 x 1024, 8 heads: {count} wave-instructions in {seconds:.2f} s, peak memory {peak:.2f} GiB")
 

@@ -245,3 +245,21 @@ def test_interpreter_part_without_triton(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert demo.demo_interpreter("Short.")
     assert "left out: the triton package is not installed" in capsys.readouterr().out
+
+
+@needs_model
+@pytest.mark.virtual
+def test_on_the_virtual_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The real model's attention as MI300 machine code."""
+    pytest.importorskip("triton", reason="compiles Triton kernels")
+    pytest.importorskip("elftools", reason="needs flash_rocm[virtual]")
+    monkeypatch.setenv("FLASH_ROCM_VIRTUAL_GPU", "gfx942")
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    assert demo.run(parser.parse_args(["--query=Bees fly."])) == 0
+    text = capsys.readouterr().out
+    assert "one sentence of 5 tokens, 6 layers, gfx942 machine code" in text
+    assert "attn_fwd_kernel: 6 launches" in text and text.endswith("agrees\n")
+    monkeypatch.setenv("FLASH_ROCM_VIRTUAL_GPU", "mi300")
+    assert demo.run(parser.parse_args([])) == 1
+    assert "FLASH_ROCM_VIRTUAL_GPU: expected one of" in capsys.readouterr().err

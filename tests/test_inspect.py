@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import shutil
 from typing import Any
 
 import pytest
+from foreign import NO_AITER, aiter_root
 
 from flash_rocm import backends, cli, config, runtime
 from flash_rocm.amdgpu.assembly import parse_amdgcn
@@ -20,7 +20,6 @@ from flash_rocm.inspect.counts import Mix
 from flash_rocm.inspect.report import Case, LoopReport, Report, Resources
 
 BF16_D128 = ("bf16", 128, "causal")
-AITER = os.environ.get("FLASH_ROCM_TEST_AITER_META")
 
 
 def triton_needed() -> None:
@@ -368,12 +367,11 @@ FOREIGN = [
 def test_figures_of_assembled_kernels(
     name: str, kernel: str, full: str, masked: str, serial: str, mix: tuple[int, ...] | None
 ) -> None:
-    if not AITER:
-        pytest.skip(
-            "FLASH_ROCM_TEST_AITER_META: not set to the aiter_meta folder of the wheel amd-aiter==0.1.7.post2.dev18"
-        )
+    root = aiter_root()
+    if root is None:
+        pytest.skip(NO_AITER)
     objdump_needed()
-    (found,) = objects.inspect_object(pathlib.Path(AITER) / "hsa" / name, name.split("/")[0], kernel, 128)
+    (found,) = objects.inspect_object(root / name, name.split("/")[0], kernel, 128)
     assert found.full is not None and found.masked is not None
     assert (f"{found.full.Ru:.2f}", f"{found.masked.R:.2f}", f"{found.full.serial:.2f}") == (full, masked, serial)
     assert found.waves_per_simd == (2 if kernel == "forward" else 1)

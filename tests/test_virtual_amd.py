@@ -14,13 +14,15 @@ pytest.importorskip("elftools", reason="needs flash_rocm[virtual]")
 
 import shutil
 
-from virtual_amd import aiter_root, from_bf16, reference, run_forward, to_bf16
+from foreign import NO_AITER, aiter_root
+from virtual_amd import from_bf16, reference, run_forward, to_bf16
 
 from flash_rocm.virtual import Checks, LdsRace
 
 ROOT = aiter_root()
 pytestmark = [
-    pytest.mark.skipif(ROOT is None, reason="needs the unpacked amd-aiter wheel, see virtual_amd.py"),
+    pytest.mark.virtual,
+    pytest.mark.skipif(ROOT is None, reason=NO_AITER),
     pytest.mark.skipif(shutil.which("llvm-objdump-22") is None, reason="needs llvm-objdump-22"),
 ]
 CHECKS = Checks(barriers=False, barrier_waits=False)

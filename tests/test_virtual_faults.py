@@ -14,7 +14,9 @@ pytest.importorskip("elftools", reason="needs flash_rocm[virtual]")
 import virtual_kernels as kernels
 from virtual_asm import changed, hand_written, places, without_line
 
+import flash_rocm
 from flash_rocm import runtime
+from flash_rocm.testing import make_inputs, make_problem
 from flash_rocm.virtual import (
     BarrierDivergence,
     Checks,
@@ -22,6 +24,7 @@ from flash_rocm.virtual import (
     GlobalConflict,
     InstructionLimit,
     KernelFault,
+    Launch,
     LdsRace,
     MemoryFault,
     MissingWait,
@@ -347,51 +350,29 @@ def test_breakpoint_and_trace(tmp_path: Any) -> None:
 def test_attention_without_a_barrier_or_a_wait() -> None:
     """The shipped forward kernel with each barrier, and each wait, removed in turn."""
     from flash_rocm._triton.offline import compile_kernel
-    from virtual_device import compiled_kernel, device
 
-    from flash_rocm.testing import make_inputs, make_problem
-
-    arch = device("gfx942").arch
-    problem = make_problem(
-        dtype=torch.bfloat16, batch=1, nheads=1, seqlen_q=128, seqlen_k=256, headdim=64, device_type="cuda"
-    )
-    code = compiled_kernel("forward", problem, arch, False, False)
-    text = compile_kernel("forward", problem, arch).asm["amdgcn"]
-    inputs = make_inputs(problem, device="cpu").inputs
-    arguments = _forward_arguments(problem, arch, inputs)
-
-    def launch(one: CodeObject) -> Any:
-        gpu = VirtualGpu("gfx942")
-        values = [gpu.memory.add(str(i), x) if isinstance(x, np.ndarray) else x for i, x in enumerate(arguments)]
-        return gpu.launch(one, grid=(1, 1, 1), block_threads=one.max_threads, kernargs=values)
-
-    counts = launch(code).per_instruction
-    executed = {code.program.instructions[i].line for i in np.nonzero(counts)[0]}
+    fields: dict[str, Any] = dict(dtype=torch.bfloat16, batch=1, nheads=1, seqlen_q=128, seqlen_k=256, headdim=64)
+    problem = make_problem(**fields)
+    text = compile_kernel("forward", problem, runtime.arch_named("gfx942")).asm["amdgcn"]
+    captured: list[Launch] = []
+    with flash_rocm.virtual_gpu("gfx942", on_launch=captured.append):
+        flash_rocm.flash_attn_func(*make_inputs(problem).inputs[:3])
+    (launch,) = captured
+    # The text has no more code than the kernel that was loaded, so its lines are those of the instructions.
+    assert [x.text for x in changed(launch.code, text).program.instructions] == [
+        x.text for x in launch.code.program.instructions
+    ]
+    counts = launch.run().per_instruction
+    executed = {launch.code.program.instructions[i].line for i in np.nonzero(counts)[0]}
     missed = []
     for name in ("s_barrier", "s_waitcnt"):
         lines = [line for line in places(text, name) if line in executed]
         assert lines
         for line in lines:
             try:
-                launch(changed(code, without_line(text, line)))
+                launch.run(changed(launch.code, without_line(text, line)))
             except KernelFault:
                 continue
             missed.append((name, line))
     # A wait that repeats an earlier one, and a barrier between reads only, may go without harm.
     assert len(missed) <= 2, [text.splitlines()[line - 3 : line + 3] for _, line in missed]
-
-
-def _forward_arguments(problem: Any, arch: Any, inputs: Any) -> list[Any]:
-    """What the launcher would pass, captured."""
-    from flash_rocm._triton import launch
-    from virtual_device import Device, as_array, launches_on
-
-    captured: list[Any] = []
-
-    class Capture(Device):
-        def launch(self, kernel: str, problem: Any, programs: int, tensors: Any, numbers: Any, wide: bool) -> None:
-            captured.extend([*(as_array(x) for x in tensors if x is not None), *numbers, 0, 0])
-
-    with launches_on(Capture(arch), problem):
-        launch.forward(problem, inputs)
-    return captured

@@ -1,28 +1,20 @@
 """Launches AMD's own assembled attention kernels, which the amd-aiter wheel ships, on the virtual GPU.
 
 The argument layout is that of ``fmha_fwd_v3_args`` in aiter's ``csrc/include/mha_fwd.h``: one argument every
-16 bytes.  The code objects are not part of this repository: ``FLASH_ROCM_AITER`` names the folder that holds
-``aiter_meta``.
+16 bytes.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flash_rocm.virtual import LaunchStats, VirtualGpu, load_code_object
+from flash_rocm.virtual import Launch, LaunchStats, VirtualGpu, load_code_object
 
 TILE_Q = 256
-
-
-def aiter_root() -> Path | None:
-    """The unpacked wheel, or None."""
-    root = Path(os.environ.get("FLASH_ROCM_AITER", "/tmp/aiter/x")) / "aiter_meta" / "hsa"
-    return root if root.is_dir() else None
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
@@ -53,6 +45,14 @@ def run_forward(
     path: Path, arch: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, **options: Any
 ) -> tuple[np.ndarray, np.ndarray, LaunchStats]:
     """out and LSE of bfloat16 bits (batch, seqlen, heads, 128) by the kernel in ``path``."""
+    launch, out, lse = forward_launch(path, arch, q, k, v, causal)
+    return out, lse, launch.run(**options)
+
+
+def forward_launch(
+    path: Path, arch: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool
+) -> tuple[Launch, np.ndarray, np.ndarray]:
+    """What :func:`run_forward` runs, and the arrays that get its results."""
     code = load_code_object(path.read_bytes())
     gpu = VirtualGpu(arch)
     batch, rows, heads, dim = q.shape
@@ -75,5 +75,5 @@ def run_forward(
     )
     blocks = -(-rows // TILE_Q)
     grid = (-(-blocks // 2) if causal else blocks, heads, batch)
-    stats = gpu.launch(code, grid=grid, block_threads=512, kernargs=packed[: code.descriptor.kernarg_bytes], **options)
-    return out, lse, stats
+    kernargs = packed[: code.descriptor.kernarg_bytes]
+    return Launch(gpu, code, grid, block_threads=512, kernargs=kernargs, order="lockstep", owner=None), out, lse

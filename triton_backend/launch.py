@@ -101,7 +101,7 @@ class Launcher:
         current, programs, tensors = call.plan, call.programs, call.tensors
         tail = self.tail_of(call)
         device = tensors[0].device  # type: ignore[union-attr]
-        if device.type == "cpu" and not INTERPRET.value:
+        if device.type == "cpu" and runtime.virtual_device() is not None:
             names = self.kernel.arg_names[len(tensors) + len(call.lse_strides) :]
             constants = dict(zip(names, tail, strict=True))
             virtual.launch(self.kernel, current, programs, tensors, (*call.lse_strides, *call.scalars), constants)

@@ -45,7 +45,7 @@ def launch(
     tensors: tuple[torch.Tensor | None, ...],
     numbers: tuple[int | float, ...],
     constants: Mapping[str, Any],
-) -> Any:
+) -> None:
     """Compile a kernel for the virtual GPU in use, and execute it.
 
     Args:
@@ -54,13 +54,10 @@ def launch(
         numbers: its run-time numbers behind them, in order.
         constants: its compile-time arguments by name.
 
-    Returns:
-        ``flash_rocm.virtual.LaunchStats``.
-
     Raises:
         flash_rocm.virtual.VirtualGpuError: the kernel did something wrong, or takes an instruction that is not known.
     """
-    from flash_rocm.virtual import VirtualGpu, load_code_object
+    from flash_rocm.virtual import Launch, VirtualGpu, load_code_object
 
     device = runtime.virtual_device()
     if device is None:
@@ -83,11 +80,14 @@ def launch(
         compiled = compile_for(arch, kernel, pointers, used, current.options)
         lds_bytes = compiled.metadata.shared
         _loaded[key] = load_code_object(compiled.asm["hsaco"], assembly=compiled.asm["amdgcn"], lds_bytes=lds_bytes)
-    return gpu.launch(
+    ready = Launch(
+        gpu,
         _loaded[key],
         grid=(programs, 1, 1),
         block_threads=current.options["num_warps"] * arch.wave_size,
         # Behind the arguments of a Triton kernel come two pointers to scratch that these kernels do not use.
         kernargs=[*addresses, *numbers, 0, 0],
         order=device.order,
+        owner=tensors,
     )
+    (device.on_launch or Launch.run)(ready)

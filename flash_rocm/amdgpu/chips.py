@@ -66,5 +66,24 @@ CHIPS = {
     **dict.fromkeys(("gfx1102", "gfx1103", "gfx1150", "gfx1152", "gfx1153"), _RDNA_SMALL),
 }
 
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """The clock and memory of a product, as its data sheet has them; its compute units are in ``runtime``."""
+
+    name: str
+    ghz: float  # peak engine clock
+    memory_gb_s: float
+
+
+#: The largest product of each target; of the MI250X, one of its two dies, which is what a device is.
+PRODUCTS = {
+    "gfx90a": Product("MI250X (one die)", 1.7, 1638.4),
+    "gfx942": Product("MI300X", 2.1, 5300.0),
+    "gfx950": Product("MI355X", 2.4, 8000.0),
+    "gfx1100": Product("RX 7900 XTX", 2.5, 960.0),
+    "gfx1201": Product("RX 9070 XT", 2.97, 640.0),
+}
+
 #: Bytes of shared memory that one block may ask for on NVIDIA GPUs.
 NVIDIA_SHARED = {"sm80": 163 << 10, "sm86": 99 << 10, "sm89": 99 << 10, "sm90": 227 << 10}

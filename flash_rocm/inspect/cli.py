@@ -75,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=pathlib.Path, metavar="FILE", help="write there instead of to the terminal")
     add("--diff", type=pathlib.Path, metavar="OLD.json", help="print what changed since a run with --format json")
     add("--check", action="store_true", help="exit with 1 if a kernel breaks the limits of its config entry")
+    add(
+        "--model",
+        action="store_true",
+        help="also execute a launch of each kernel on the virtual GPU and predict TFLOP/s and what binds it "
+        "(modelled, uncalibrated; seconds a kernel)",
+    )
     add("--object", type=pathlib.Path, metavar="FILE.co", help="inspect this code object instead of our kernels")
 
 
@@ -84,8 +90,10 @@ def run(args: argparse.Namespace) -> int:
         old = read_json(args.diff) if args.diff else None
         reports, failures = _object_reports(args) if args.object else _kernel_reports(args)
         text = as_json(reports) if args.format == "json" else as_table(reports)
+        if args.model:
+            text += f"\n\n{_model(args, reports)}"
         _write(text, args.output)
-    except (InspectError, ConfigError) as error:
+    except (InspectError, ConfigError, runtime.VirtualDeviceError) as error:
         print(f"flash-rocm inspect: {error}", file=sys.stderr)
         return 2
     if old is not None:
@@ -95,6 +103,17 @@ def run(args: argparse.Namespace) -> int:
     for line in (*failures, *broken):
         print(line, file=sys.stderr)
     return 1 if failures or broken else 0
+
+
+def _model(args: argparse.Namespace, reports: list[Report]) -> str:
+    """The table of --model."""
+    for name, value in (("--object", args.object), ("--format json", args.format == "json")):
+        if value:
+            raise InspectError(f"--model: expected without {name}, got both")
+    # Only this needs numpy.
+    from . import model
+
+    return model.as_table(model.predict_cases([report.case for report in reports]))
 
 
 def _write(text: str, output: pathlib.Path | None) -> None:

@@ -41,6 +41,7 @@ from .errors import (
     VirtualGpuError,
 )
 from .gpu import Registers, VirtualGpu
+from .launch import Launch
 from .memory import Memory
 from .stats import LaunchStats, Measurements
 
@@ -61,6 +62,7 @@ __all__ = [
     "GlobalConflict",
     "InstructionLimit",
     "KernelFault",
+    "Launch",
     "LaunchStats",
     "LdsRace",
     "Measurements",

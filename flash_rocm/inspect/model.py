@@ -1,0 +1,208 @@
+"""The speed model: cycles of a launch that the virtual GPU executed, and what binds them.
+
+Uncalibrated: no figure of it was compared with a clock on a chip.  It ranks kernels.
+
+All cycles are those of one compute unit that runs the whole launch alone, so that a machine with enough
+workgroups takes cycles / compute units:
+
+* matrix: cycles of the matrix instructions, spread over the SIMDs;
+* vector: cycles of the vector ALU (counts.py) and the issue of the matrix instructions, likewise;
+* scalar: issue of scalar instructions and branches, likewise;
+* lds: cycles of the one LDS pipe, bank conflicts included, 128 bytes a cycle;
+* vmem: bytes that loads and stores ask for, 64 a cycle, as if all hit the first cache;
+* memory: bytes of all tensors, each moved once (an L2 that never forgets), at the compute unit's share of bandwidth;
+* occupancy: what a wave takes alone, nothing overlapping, divided by the waves that a SIMD holds.
+
+The longest of these binds.  Latencies, waits, barriers, atomics, the last round of workgroups and clocks below
+the peak are not in it, so that real figures are lower, in matrix-bound kernels by a factor of two or so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import flash_rocm
+from flash_rocm import runtime
+from flash_rocm.amdgpu.chips import CHIPS, PRODUCTS
+
+from .counts import InspectError, Mix, count, flop_rate, is_cdna
+from .kernels import DTYPES
+from .report import Case
+
+#: Tokens of the launch that is executed, of one head: enough that masked blocks are few.
+SEQLEN = 2048
+_L1_BYTES = 64
+_KERNELS = {
+    "attn_fwd_kernel": "forward",
+    "attn_bwd_dq_kernel": "backward_dq",
+    "attn_bwd_dkdv_kernel": "backward_dkdv",
+}
+#: Multiplications of a score by a row that a kernel has to do, and those of a backward call; 2 * headdim flop each.
+_PRODUCTS_OF = {"forward": 2, "backward_dq": 3, "backward_dkdv": 4}
+_PRODUCTS_OF_BACKWARD = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the model says of one launch.
+
+    Attributes:
+        cycles: by resource, the names of the module's text.
+        flop: that the launch has to do, without what it does twice.
+        tflops: predicted.
+        peak_tflops: of the chip's matrix units for this type; None without matrix instructions.
+    """
+
+    cycles: dict[str, float]
+    waves_per_simd: int
+    flop: float
+    tflops: float
+    peak_tflops: float | None
+
+    @property
+    def binding(self) -> str:
+        """The resource that takes longest."""
+        return max(self.cycles, key=lambda name: self.cycles[name])
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole machine for this launch, as part of one that fills it."""
+        return self.flop / self.tflops / 1e12
+
+
+def _counted(stats: Any, arch: str) -> Mix:
+    """Executions by kind, summed over waves."""
+    total: dict[str, int] = dict.fromkeys((field.name for field in dataclasses.fields(Mix)), 0)
+    for instruction, times in zip(stats.program.instructions, stats.per_instruction, strict=True):
+        if times:
+            for name, value in dataclasses.asdict(count([instruction], arch)).items():
+                total[name] += value * int(times)
+    return Mix(**total)
+
+
+def predict(launch: Any, stats: Any, flop: float, itemsize: int) -> Prediction:
+    """Model a launch.
+
+    Args:
+        launch: :class:`flash_rocm.virtual.Launch`.
+        stats: what its run with ``measure=True`` returned.
+        flop: that it has to do.
+        itemsize: bytes of an element of q.
+
+    Raises:
+        InspectError: a chip, or a matrix instruction, whose rates are not known.
+    """
+    name = launch.code.arch
+    if name not in PRODUCTS:
+        raise InspectError(f"arch: the speed model expects one of {', '.join(PRODUCTS)}, got {name!r}")
+    product, chip, arch = PRODUCTS[name], CHIPS[name], runtime.arch_named(name)
+    simds, issue = (4, 4) if is_cdna(name) else (2, 1)
+    mix = _counted(stats, name)
+    registers = launch.code.descriptor.vgprs + launch.code.descriptor.agprs
+    waves = chip.waves_per_simd(registers, launch.code.lds_bytes, launch.block_threads // arch.wave_size)
+    vector, rest = mix.vector_cycles(name), mix.salu + mix.lds + mix.vmem + mix.smem + mix.scratch
+    branches = sum(n for mnemonic, n in stats.per_mnemonic().items() if "branch" in mnemonic)
+    memory_per_cycle = product.memory_gb_s / product.ghz / arch.num_cus
+    cycles = {
+        "matrix": mix.matrix_cycles / simds,
+        "vector": (vector + issue * mix.matrix) / simds,
+        "scalar": issue * (mix.salu + mix.smem + branches) / simds,
+        "lds": float(stats.measured.lds_cycles),
+        "vmem": stats.vmem_bytes / _L1_BYTES,
+        "memory": sum(each.data.size for each in launch.gpu.memory.allocations()) / memory_per_cycle,
+        "occupancy": (mix.matrix_cycles + vector + issue * rest) / simds / max(waves, 1),
+    }
+    per_second = arch.num_cus * product.ghz * 1e9
+    rate = flop_rate(name, itemsize)
+    peak = rate * simds * per_second / 1e12 if rate else None
+    return Prediction(cycles, waves, flop, flop * per_second / max(cycles.values()) / 1e12, peak)
+
+
+def visible_scores(seqlen: int, mask: str) -> int:
+    """Elements of the score matrix of one head that a mask leaves."""
+    return seqlen * (seqlen + 1) // 2 if mask == "causal" else seqlen * seqlen
+
+
+def predict_cases(cases: Sequence[Case]) -> dict[Case, Prediction]:
+    """Execute a launch of each kernel on the virtual GPU, and model it.
+
+    Raises:
+        InspectError: see :func:`predict`; or a kernel that the model does not know.
+        ValueError: what executes kernels is not installed.
+    """
+    found: dict[Case, Prediction] = {}
+    for case in cases:
+        if case.kernel not in _PRODUCTS_OF:
+            raise InspectError(f"kernel: the speed model expects one of {', '.join(_PRODUCTS_OF)}, got {case.kernel!r}")
+        if case not in found:
+            found |= _predicted(case)
+    return {case: found[case] for case in cases}
+
+
+def _predicted(case: Case) -> dict[Case, Prediction]:
+    """The kernels of a call: forward, or the two of a backward, whichever ``case`` is of."""
+    # Without the checks it runs twice as fast, and the tests are where they belong.
+    from flash_rocm.virtual import Checks
+
+    scores, dtype = visible_scores(SEQLEN, case.mask), DTYPES[case.dtype]
+    found: dict[Case, Prediction] = {}
+
+    def run(launch: Any) -> None:
+        kernel = _KERNELS[launch.code.name]
+        stats = launch.run(measure=True, checks=Checks.none())
+        flop = 2.0 * case.headdim * _PRODUCTS_OF[kernel] * scores
+        found[dataclasses.replace(case, kernel=kernel)] = predict(launch, stats, flop, dtype.itemsize)
+
+    generator = torch.Generator().manual_seed(0)
+    shape, backward = (1, SEQLEN, 1, case.headdim), case.kernel.startswith("backward")
+    q, k, v = (torch.randn(shape, generator=generator).to(dtype).requires_grad_(backward) for _ in range(3))
+    with flash_rocm.use_backend("triton"), flash_rocm.virtual_gpu(case.arch, on_launch=run):
+        out = flash_rocm.flash_attn_func(q, k, v, causal=case.mask == "causal")
+        if backward:
+            torch.autograd.backward(out, torch.ones_like(q))
+    return found
+
+
+def backward_tflops(predictions: dict[Case, Prediction]) -> dict[Case, float]:
+    """Of backward calls whose two kernels were predicted; the case has kernel "backward"."""
+    found: dict[Case, float] = {}
+    for case, dq in predictions.items():
+        dkdv = predictions.get(dataclasses.replace(case, kernel="backward_dkdv"))
+        if case.kernel == "backward_dq" and dkdv is not None:
+            flop = dq.flop * _PRODUCTS_OF_BACKWARD / _PRODUCTS_OF["backward_dq"]
+            found[dataclasses.replace(case, kernel="backward")] = flop / (dq.seconds + dkdv.seconds) / 1e12
+    return found
+
+
+def as_table(predictions: dict[Case, Prediction]) -> str:
+    """A row for each kernel, then the backward calls."""
+    head = (
+        "arch",
+        "kernel",
+        "dtype",
+        "d",
+        "mask",
+        "waves",
+        "TFLOP/s",
+        "of peak",
+        "bound by",
+        "cycles of it and others",
+    )
+    rows = [head]
+    for case, found in predictions.items():
+        longest = max(found.cycles.values())
+        shares = sorted(((cycles / longest, name) for name, cycles in found.cycles.items()), reverse=True)
+        others = " ".join(f"{name} {share:.2f}" for share, name in shares if share >= 0.1)
+        peak = f"{found.tflops / found.peak_tflops:.0%}" if found.peak_tflops else "-"
+        numbers = (str(found.waves_per_simd), f"{found.tflops:.0f}", peak, found.binding, f"{longest:.0f}: {others}")
+        rows.append((case.arch, case.kernel, case.dtype, str(case.headdim), case.mask, *numbers))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for case, tflops in backward_tflops(predictions).items():
+        lines.append(f"  {case}: {tflops:.0f} TFLOP/s, both kernels together")
+    title = f"modelled from a launch of {SEQLEN} tokens executed on the virtual GPU; uncalibrated, an upper bound"
+    return "\n".join([title, *lines])
