@@ -15,7 +15,7 @@ pytest.importorskip("elftools", reason="needs flash_rocm[virtual]")
 import shutil
 
 from foreign import NO_AITER, aiter_root
-from virtual_amd import from_bf16, reference, run_forward, to_bf16
+from virtual_amd import backward_reference, from_bf16, reference, run_backward, run_forward, to_bf16
 
 from flash_rocm.virtual import Checks, LdsRace
 
@@ -48,6 +48,22 @@ def compare(path: str, arch: str, causal: bool, bound: float, checks: Checks, or
 def test_gfx942_forward(causal: bool, rounding: str) -> None:
     path = f"{GFX942}{'_causal' if causal else ''}_{rounding}.co"
     compare(path, "gfx942", causal, BOUND[rounding], CHECKS, "shuffled:1")
+
+
+@pytest.mark.parametrize("rounding", ["rtne", "rtna", "rtz"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_gfx942_backward(causal: bool, rounding: str) -> None:
+    """The kernels that add up dq with float32 atomics; two workgroups, or one that does two blocks."""
+    assert ROOT is not None
+    random = np.random.default_rng(0)
+    q, k, v, dout = (to_bf16(random.standard_normal((1, 256, 1, 128))) for _ in range(4))
+    exact = [from_bf16(x) for x in (q, k, v, dout)]
+    *expected, lse, delta = backward_reference(*exact, scale=128**-0.5, causal=causal)
+    path = ROOT / f"gfx942/fmha_v3_bwd/bwd_hd128_bf16_{'causal_' if causal else ''}a32_{rounding}.co"
+    dq, dk, dv, stats = run_backward(path, q, k, v, dout, lse, delta, causal, checks=CHECKS, order="shuffled:1")
+    for found, wanted in zip((dq, from_bf16(dk), from_bf16(dv)), expected, strict=True):
+        assert np.abs(found - wanted).max() <= BOUND[rounding] * np.abs(wanted).max()
+    assert stats.per_class()["matrix"] > 0
 
 
 def test_gfx950_forward() -> None:

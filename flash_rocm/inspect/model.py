@@ -8,7 +8,7 @@ workgroups takes cycles / compute units:
 * matrix: cycles of the matrix instructions, spread over the SIMDs;
 * vector: cycles of the vector ALU (counts.py) and the issue of the matrix instructions, likewise;
 * scalar: issue of scalar instructions and branches, likewise;
-* lds: cycles of the one LDS pipe, bank conflicts included, 128 bytes a cycle;
+* lds: cycles of the one LDS pipe, bank conflicts included, 128 bytes a cycle, on gfx950 twice that;
 * vmem: bytes that loads and stores ask for, 64 a cycle, as if all hit the first cache;
 * memory: bytes of all tensors, each moved once (an L2 that never forgets), at the compute unit's share of bandwidth;
 * occupancy: what a wave takes alone, nothing overlapping, divided by the waves that a SIMD holds.
@@ -36,6 +36,8 @@ from .report import Case
 #: Tokens of the launch that is executed, of one head: enough that masked blocks are few.
 SEQLEN = 2048
 _L1_BYTES = 64
+#: Cycles of the 32 banks that the launch counts, for one of the chip's: gfx950 has 64.
+_LDS_CYCLES = {"gfx950": 2}
 _KERNELS = {
     "attn_fwd_kernel": "forward",
     "attn_bwd_dq_kernel": "backward_dq",
@@ -111,7 +113,7 @@ def predict(launch: Any, stats: Any, flop: float, itemsize: int) -> Prediction:
         "matrix": mix.matrix_cycles / simds,
         "vector": (vector + issue * mix.matrix) / simds,
         "scalar": issue * (mix.salu + mix.smem + branches) / simds,
-        "lds": float(stats.measured.lds_cycles),
+        "lds": stats.measured.lds_cycles / _LDS_CYCLES.get(name, 1),
         "vmem": stats.vmem_bytes / _L1_BYTES,
         "memory": sum(each.data.size for each in launch.gpu.memory.allocations()) / memory_per_cycle,
         "occupancy": (mix.matrix_cycles + vector + issue * rest) / simds / max(waves, 1),
