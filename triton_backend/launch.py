@@ -22,6 +22,8 @@ from .plan import Plan, plan
 from .probs_kernel import attn_probs_kernel
 
 _KNOWN_MAX = 4096
+#: What torch.cuda.current_device asks, without its check that CUDA has started, which a known launch implies.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _IS_HIP = bool(torch.version.hip)
 _hooks = triton.knobs.runtime
 #: Buffer instructions of AMD chips reach this far; Triton compiles another kernel beyond.
@@ -79,7 +81,7 @@ class Launcher:
         known = self._known.get(key)
         if known is None:
             return False
-        if index != torch.cuda.current_device():
+        if index != _current_device():
             with torch.cuda.device(index):
                 return self.launch_known(key, index, fresh)
         programs, tail = known.programs, known.tail
