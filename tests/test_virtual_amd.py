@@ -62,7 +62,8 @@ def test_gfx942_backward(causal: bool, rounding: str) -> None:
     path = ROOT / f"gfx942/fmha_v3_bwd/bwd_hd128_bf16_{'causal_' if causal else ''}a32_{rounding}.co"
     dq, dk, dv, stats = run_backward(path, q, k, v, dout, lse, delta, causal, checks=CHECKS, order="shuffled:1")
     for found, wanted in zip((dq, from_bf16(dk), from_bf16(dv)), expected, strict=True):
-        assert np.abs(found - wanted).max() <= BOUND[rounding] * np.abs(wanted).max()
+        # P and dS are rounded before they are multiplied, and the result is.
+        assert np.abs(found - wanted).max() <= 2 * BOUND[rounding] * np.abs(wanted).max()
     assert stats.per_class()["matrix"] > 0
 
 

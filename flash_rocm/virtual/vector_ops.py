@@ -402,6 +402,17 @@ for _name, _kinds, _function in (
     FACTORIES[_name] = _short(_kinds, _function)
 
 
+@register("v_cvt_u32_u16", "v_cvt_i32_i16")
+def _widen(b: Builder) -> Handler:
+    get, put, extend = b.h_bits(0), b.put_u(), b.name == "v_cvt_i32_i16"
+
+    def run(g: Group) -> None:
+        bits = np.asarray(get(g))
+        put(g, ((bits << u(16)).view(np.int32) >> np.int32(16)).view(_U32) if extend else bits)
+
+    return run
+
+
 # Between lanes
 
 
