@@ -21,6 +21,10 @@ ELEMENTS = {
 }
 
 
+#: Buffer instructions of AMD chips reach this far; Triton compiles another kernel beyond.
+BUFFER_BYTES = (1 << 31) - 1
+
+
 class Pointer(NamedTuple):
     """What a kernel is specialised on, of a tensor."""
 

@@ -17,6 +17,7 @@ from flash_rocm.runtime import ConfigSource
 from . import prebuilt, virtual
 from .backward_kernels import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel
 from .common import INTERPRET
+from .compile import BUFFER_BYTES
 from .forward_kernel import attn_fwd_kernel
 from .plan import Plan, plan
 from .probs_kernel import attn_probs_kernel
@@ -26,8 +27,6 @@ _KNOWN_MAX = 4096
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _IS_HIP = bool(torch.version.hip)
 _hooks = triton.knobs.runtime
-#: Buffer instructions of AMD chips reach this far; Triton compiles another kernel beyond.
-_BUFFER_BYTES = (1 << 31) - 1
 
 Strides = tuple[int, int, int]
 Tensors = tuple[torch.Tensor | None, ...]
@@ -209,7 +208,7 @@ def _pointers(tensors: Tensors) -> tuple[list[int | None], Any]:
 
 
 def _is_far(x: torch.Tensor) -> bool:
-    return x.untyped_storage().nbytes() > _BUFFER_BYTES
+    return x.untyped_storage().nbytes() > BUFFER_BYTES
 
 
 def _strides(x: torch.Tensor) -> Strides:

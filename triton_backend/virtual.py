@@ -10,11 +10,8 @@ import torch
 
 from flash_rocm import runtime
 
-from .compile import Pointer, compile_for
+from .compile import BUFFER_BYTES, Pointer, compile_for
 from .plan import Plan
-
-#: Buffer instructions reach this far.
-_BUFFER_BYTES = (1 << 31) - 1
 
 # Compiling and decoding take far longer than a lookup, and a layer repeats its calls.
 _loaded: dict[tuple[Any, ...], Any] = {}
@@ -72,7 +69,7 @@ def launch(
             pointers[name] = None
             continue
         address = memory.address(name, x)
-        pointers[name] = Pointer(x.dtype, address % 16 == 0, x.untyped_storage().nbytes() <= _BUFFER_BYTES)
+        pointers[name] = Pointer(x.dtype, address % 16 == 0, x.untyped_storage().nbytes() <= BUFFER_BYTES)
         addresses.append(address)
     used = {param.name: constants[param.name] for param in kernel.params if param.is_constexpr}
     key = (id(kernel), arch.name, tuple(pointers.items()), tuple(used.items()), tuple(current.options.items()))

@@ -275,7 +275,7 @@ def _sub_co(b: Builder) -> Handler:
 
 @register("v_subrev_co_u32")
 def _subrev_co(b: Builder) -> Handler:
-    return _carry(b, lambda x, y: np.where(True, y - x, 0), False)
+    return _carry(b, lambda x, y: y - x, False)
 
 
 @register("v_addc_co_u32")
