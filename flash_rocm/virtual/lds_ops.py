@@ -271,9 +271,8 @@ for _name, (_dtype, _function) in _OPERATIONS.items():
 # Permutations through the crossbar
 
 
-@register("ds_bpermute_b32")
-def _bpermute(b: Builder) -> Handler:
-    """Each lane reads from the lane that its address (in bytes) names; 0 from an inactive one."""
+def _lane_exchange(b: Builder) -> tuple[int, int, Callable[[Group], np.ndarray]]:
+    """Rows of destination and data, and the lane (int64 [wave, lane]) that each lane's address in bytes names."""
     b.counter = "ds"
     destination = b.expect(0, "v", 1)
     b.loads = b.write_bits(destination)
@@ -282,12 +281,23 @@ def _bpermute(b: Builder) -> Handler:
     b.read_bits(data)
     offset = _U32(b.number("offset"))
 
+    def named(g: Group) -> np.ndarray:
+        return ((g.V[address.row] + offset) >> _U32(2) & _U32(g.m.lanes - 1)).astype(np.int64)
+
+    return destination.row, data.row, named
+
+
+@register("ds_bpermute_b32")
+def _bpermute(b: Builder) -> Handler:
+    """Each lane reads from the lane that its address (in bytes) names; 0 from an inactive one."""
+    destination, data, named = _lane_exchange(b)
+
     def run(g: Group) -> None:
-        lane = ((g.V[address.row] + offset) >> _U32(2) & _U32(g.m.lanes - 1)).astype(np.int64)
-        values = np.take_along_axis(np.asarray(g.V[data.row]), lane, axis=1)
+        lane = named(g)
+        values = np.take_along_axis(np.asarray(g.V[data]), lane, axis=1)
         if not g.full:
             values = np.where(np.take_along_axis(g.mask, lane, axis=1), values, _U32(0))
-        g.put(destination.row, values)
+        g.put(destination, values)
 
     return run
 
@@ -295,20 +305,14 @@ def _bpermute(b: Builder) -> Handler:
 @register("ds_permute_b32")
 def _permute(b: Builder) -> Handler:
     """Each lane sends to the lane that its address names; the highest sender wins, 0 without one."""
-    b.counter = "ds"
-    destination = b.expect(0, "v", 1)
-    b.loads = b.write_bits(destination)
-    address, data = b.expect(1, "v", 1), b.expect(2, "v", 1)
-    b.read_bits(address)
-    b.read_bits(data)
-    offset = _U32(b.number("offset"))
+    destination, data, named = _lane_exchange(b)
 
     def run(g: Group) -> None:
-        lane = ((g.V[address.row] + offset) >> _U32(2) & _U32(g.m.lanes - 1)).astype(np.int64)
-        values, result = np.asarray(g.V[data.row]), np.zeros(g.mask.shape, _U32)
+        lane = named(g)
+        values, result = np.asarray(g.V[data]), np.zeros(g.mask.shape, _U32)
         wave = np.broadcast_to(np.arange(g.n)[:, None], g.mask.shape)
         result[wave[g.mask], lane[g.mask]] = values[g.mask]
-        g.put(destination.row, result)
+        g.put(destination, result)
 
     return run
 
