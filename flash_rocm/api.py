@@ -378,7 +378,7 @@ def _attend(
     q, k, v = inputs[:3]
     scale = default_softmax_scale(layout.q_shape[-1]) if softmax_scale is None else float(softmax_scale)
     left, right = validation.check_scalars(dropout_p, scale, window_size, softcap)
-    compiling = torch.compiler.is_compiling()
+    traced = layout.strides is None and torch.compiler.is_compiling()
     args = (
         *inputs,
         _draw_rng_state(q.device) if dropout_p > 0.0 else None,
@@ -392,9 +392,9 @@ def _attend(
         bool(deterministic),
         _needs_grad(q, k, v),
         # Eager calls pin their choice for the backward; graphs leave the environment to run time.
-        runtime.override() if compiling else runtime.request_on(q.device),
+        runtime.override() if traced else runtime.request_on(q.device),
     )
-    out, softmax_lse = ops.attention_forward(compiling, args, layout)
+    out, softmax_lse = ops.attention_forward(args, layout)
     if not return_attn_probs:
         return out
     if dropout_p == 0.0:

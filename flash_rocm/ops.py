@@ -17,7 +17,15 @@ import torch
 from torch.autograd import forward_ad
 
 from flash_rocm import backends, runtime
-from flash_rocm.problem import AttentionInputs, AttentionProblem, Layout, accumulate_dtype, layout_of, lse_shape
+from flash_rocm.problem import (
+    AttentionInputs,
+    AttentionProblem,
+    Layout,
+    accumulate_dtype,
+    is_plain,
+    layout_of,
+    lse_shape,
+)
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "
@@ -121,7 +129,7 @@ def _forward_of(layout: Layout, args: tuple[Any, ...]) -> tuple[torch.Tensor, to
         q = args[0]
         lse = q.new_full(lse_shape(q), float("-inf"), dtype=accumulate_dtype(q.dtype))
         return q.new_zeros((*q.shape[:-1], decision.problem.headdim_v)), lse
-    return decision.run(decision.backend.forward, AttentionInputs._make(args[:_NUM_TENSORS]))
+    return decision.run(decision.backend.forward, AttentionInputs._make((*args[:_NUM_TENSORS], layout)))
 
 
 def _forward_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,8 +141,9 @@ def _forward_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _backward(
     dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, softmax_lse: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = AttentionInputs._make(args[:_NUM_TENSORS])
-    decision = _decide(args, layout_of(*inputs[:3]))
+    layout = layout_of(*args[:3])
+    inputs = AttentionInputs._make((*args[:_NUM_TENSORS], layout))
+    decision = _decide(args, layout)
     if decision.is_empty:
         return tuple(x.new_zeros(x.shape) for x in (inputs.q, inputs.k, inputs.v))  # type: ignore[return-value]
     if dout.stride(-1) != 1:
@@ -149,8 +158,9 @@ def _backward_fake(
 
 
 def _probs(softmax_lse: torch.Tensor, *args: Any) -> torch.Tensor:
-    inputs = AttentionInputs._make(args[:_NUM_TENSORS])
-    decision = _decide(args, layout_of(*inputs[:3]))
+    layout = layout_of(*args[:3])
+    inputs = AttentionInputs._make((*args[:_NUM_TENSORS], layout))
+    decision = _decide(args, layout)
     if decision.is_empty:
         problem = decision.problem
         return inputs.q.new_zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
@@ -180,7 +190,7 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     backward: Any = torch.ops.flash_rocm.attention_backward.default
     if torch.is_grad_enabled():  # a graph of the backward is wanted (create_graph, torch.func)
         backward = _DifferentiatedBackward.apply
-    elif not torch.compiler.is_compiling() and _is_plain(dout, out, softmax_lse):
+    elif not (torch.compiler.is_compiling() or _is_watched(dout)) and all(map(is_plain, (dout, out, softmax_lse))):
         backward = _backward
     return (*backward(dout, dlse, out, softmax_lse, *tensors, *ctx.scalars), *unused)
 
@@ -231,34 +241,26 @@ class _DifferentiatedBackward(torch.autograd.Function):
     vmap = staticmethod(_no_vmap("attention_backward"))
 
 
-def _is_plain(*tensors: torch.Tensor) -> bool:
-    """No subclass, meta tensor, dispatch mode, functorch transform or tracer that should see the operator."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or tensors[0].is_meta:
-        return False
-    for x in tensors:  # noqa: SIM110, this loop takes half the time of all()
-        if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
-            return False
-    return True
+def _is_watched(x: torch.Tensor) -> bool:
+    """Whether a dispatch mode, functorch transform or meta kernel should see the operator."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active() or x.is_meta
 
 
-def attention_forward(
-    compiling: bool, args: tuple[Any, ...], layout: Layout | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_forward(args: tuple[Any, ...], layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse, differentiable.
 
     Args:
-        compiling: whether torch.compile is tracing this.
         args: in the order of the schema.
-        layout: that of q, k and v, if the caller has it.
+        layout: that of q, k and v; a shared one says that they are plain tensors and nobody traces this.
     """
     needs_grad = args[-2]
     if forward_ad._current_level >= 0 or (needs_grad and torch._C._are_functorch_transforms_active()):
         return _Transformed.apply(*args)
-    if compiling or not _is_plain(args[0], args[1], args[2]):
+    if layout.strides is None or _is_watched(args[0]):
         return torch.ops.flash_rocm.attention_forward.default(*args)
     if needs_grad:
         return _Attention.apply(*args)
-    return _forward_of(layout or layout_of(*args[:3]), args)
+    return _forward_of(layout, args)
 
 
 def attention_probs(*args: Any) -> torch.Tensor:

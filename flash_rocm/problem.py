@@ -23,15 +23,18 @@ class Layout:
     :func:`layout_of` are shared between calls, so that caches may key on their identity.
     """
 
-    __slots__ = ("q_shape", "k_shape", "ranks")
+    __slots__ = ("q_shape", "k_shape", "strides", "ranks")
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor) -> None:
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, strides: object = None) -> None:
         self.q_shape, self.k_shape = q.shape, k.shape
+        #: An object that all layouts with these strides on this device share; None: not a shared layout.
+        self.strides = strides
         #: (rank of q, rank of k and v) under which validation has found all of it right.
         self.ranks: tuple[int, int] | None = None
 
 
 _layouts: dict[tuple[Any, ...], Layout] = {}
+_strides: dict[tuple[Any, ...], object] = {}
 _LAYOUTS_MAX = 4096
 
 
@@ -43,7 +46,8 @@ def layout_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Layout:
     if found is None:
         if len(_layouts) >= _LAYOUTS_MAX:
             _layouts.clear()
-        found = _layouts[key] = Layout(q, k)
+            _strides.clear()
+        found = _layouts[key] = Layout(q, k, _strides.setdefault((strides, q.device), object()))
     return found
 
 
@@ -63,6 +67,12 @@ class AttentionInputs(NamedTuple):
     alibi_slopes: torch.Tensor | None = None  # (nheads,) or (batch, nheads) float32
     rng_state: torch.Tensor | None = None  # (2,) int64: Philox seed and offset, dropout only
     block_table: torch.Tensor | None = None  # (batch, max_pages) int32, paged only
+    layout: Layout | None = None  # of q, k and v, where the caller has looked
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """All but the layout."""
+        return self[:-1]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -148,6 +158,11 @@ FEATURES = frozenset(
         *("deterministic", "backward"),
     }
 )
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Not of a subclass, which may have symbolic shapes or its own idea of every operator."""
+    return type(x) is torch.Tensor or type(x) is torch.nn.Parameter
 
 
 def dropout_threshold(dropout_p: float) -> int:

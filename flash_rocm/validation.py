@@ -11,11 +11,9 @@ import operator
 
 import torch
 
-from flash_rocm.problem import MAX_SEQLEN, Layout, layout_of
+from flash_rocm.problem import MAX_SEQLEN, Layout, is_plain, layout_of
 
 UNLIMITED = (-1, -1)
-#: Tensors with concrete shapes; subclasses (fake tensors among them) may have symbolic ones.
-_CONCRETE = (torch.Tensor, torch.nn.Parameter)
 FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -28,10 +26,9 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int, kv_d
     """Ranks, dtypes, devices, heads, head dims, contiguity of the last dim; of dense calls batch and lengths.
 
     Returns:
-        What was found right.  If it is concrete, later calls with the same are not looked at again.
+        What was found right, shared if q, k and v are plain tensors: later ones like them are not looked at.
     """
-    concrete = type(q) in _CONCRETE and type(k) in _CONCRETE and type(v) in _CONCRETE
-    if concrete and not torch.compiler.is_compiling():
+    if is_plain(q) and is_plain(k) and is_plain(v) and not torch.compiler.is_compiling():
         layout = layout_of(q, k, v)
         if layout.ranks == (dims, kv_dims):
             return layout

@@ -154,7 +154,7 @@ def assert_close(
     dout = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
     dlse = torch.randn(lse.shape, generator=generator).to(lse.device, lse.dtype).masked_fill(lse.isinf(), 0.0)
     probs = results[2] if len(results) > 2 and results[2].numel() else None
-    case = Case(AttentionInputs(*(None if x is None else x.detach() for x in entry.inputs)), dout, dlse)
+    case = Case(AttentionInputs(*(None if x is None else x.detach() for x in entry.inputs.tensors)), dout, dlse)
     assert_attention_close(entry.problem, case, out, lse, grads, use_dlse=True, probs=probs)
 
 

@@ -19,7 +19,7 @@ import torch
 import flash_rocm
 from flash_rocm import ops
 from flash_rocm.backends import CAPABILITIES
-from flash_rocm.problem import FEATURES, AttentionProblem
+from flash_rocm.problem import FEATURES, AttentionProblem, layout_of
 from flash_rocm.testing import assert_attention_close, make_inputs, make_problem
 
 #: Features that the matrix combines.  Dense/varlen and forward/backward are dimensions of their own;
@@ -223,16 +223,16 @@ def run_once(case: Case) -> None:
     problem = case.problem
     data = make_inputs(problem, case.seed, layout=case.layout, poison=True, alibi_per_batch=case.alibi_per_batch)
     leaves = [x.detach().requires_grad_(case.backward) for x in data.inputs[:3]]
-    before = [x.clone() for x in data.inputs if x is not None]
+    before = [x.clone() for x in data.inputs.tensors if x is not None]
     scalars = scalars_of(problem, case.request)
-    args = (*leaves, *data.inputs[3:], *scalars)
-    out, lse = ops.attention_forward(False, args)
+    args = (*leaves, *data.inputs.tensors[3:], *scalars)
+    out, lse = ops.attention_forward(args, layout_of(*args[:3]))
     probs = ops.attention_probs(lse.detach(), *args) if "dropout" in case.features else None
     grads = None
     use_dlse = "dlse" in case.features
     if case.backward:
         results, sent = ([out, lse], [data.dout, data.dlse]) if use_dlse else ([out], [data.dout])
         grads = torch.autograd.grad(results, leaves, sent)
-    for x, y in zip((x for x in data.inputs if x is not None), before, strict=True):
+    for x, y in zip((x for x in data.inputs.tensors if x is not None), before, strict=True):
         assert torch.allclose(x, y, rtol=0.0, atol=0.0, equal_nan=True), "an input was modified"
     assert_attention_close(problem, data, out, lse, grads, use_dlse=use_dlse, probs=probs)

@@ -55,7 +55,7 @@ def operator_arguments(name: str, device: str, requires_grad: bool) -> tuple[Any
     problem = make_problem(**{**fields, **OPCHECK_PROBLEMS[name]})
     inputs = make_inputs(problem).inputs
     leaves = [x.detach().requires_grad_(requires_grad) for x in inputs[:3]]
-    return (*leaves, *inputs[3:], *scalars_of(problem, ""))
+    return (*leaves, *inputs.tensors[3:], *scalars_of(problem, ""))
 
 
 @pytest.mark.unpoisoned

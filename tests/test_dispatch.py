@@ -283,7 +283,7 @@ class TestGraphCapture:
             cu_seqlens[1].copy_(starts("cuda", *lengths_k))
             graph.replay()
             out, lse, *grads = (x.clone() for x in results)
-            inputs = AttentionInputs(*(None if x is None else x.detach() for x in entry.inputs))
+            inputs = AttentionInputs(*(None if x is None else x.detach() for x in entry.inputs.tensors))
             assert_attention_close(entry.problem, Case(inputs, dout, dlse), out, lse, grads)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flash_rocm import backends, config, ops, runtime
-from flash_rocm.problem import AttentionProblem
+from flash_rocm.problem import AttentionProblem, layout_of
 from flash_rocm.testing import Case, assert_attention_close, make_inputs, make_problem
 
 triton = pytest.importorskip("triton", reason="the launcher imports Triton")
@@ -149,8 +149,8 @@ def test_warm_launches_of_other_totals(order: tuple[int, ...]) -> None:
     for which in order:
         data = make_inputs(problem, which, seqlens_q=LENGTHS[which][0], seqlens_k=LENGTHS[which][1], poison=True)
         leaves = [x.detach().requires_grad_() for x in data.inputs[:3]]
-        args = (*leaves, *data.inputs[3:], *matrix.scalars_of(problem, "triton"))
-        out, lse = ops.attention_forward(False, args)
+        args = (*leaves, *data.inputs.tensors[3:], *matrix.scalars_of(problem, "triton"))
+        out, lse = ops.attention_forward(args, layout_of(*args[:3]))
         grads = torch.autograd.grad([out], leaves, [data.dout])
         assert_attention_close(problem, data, out, lse, grads)
     assert backends.load("triton") is launch
@@ -165,7 +165,7 @@ def test_64_bit_offsets_compute_the_same(varlen: bool, monkeypatch: pytest.Monke
     problem = make_problem(headdim=40, varlen=varlen, window_right=0, nheads=4, nheads_k=2, needs_grad=True)
     data = make_inputs(problem, layout="padded", poison=True)
     leaves = [x.detach().requires_grad_() for x in data.inputs[:3]]
-    args = (*leaves, *data.inputs[3:], *matrix.scalars_of(problem, "triton"))
-    out, lse = ops.attention_forward(False, args)
+    args = (*leaves, *data.inputs.tensors[3:], *matrix.scalars_of(problem, "triton"))
+    out, lse = ops.attention_forward(args, layout_of(*args[:3]))
     grads = torch.autograd.grad([out], leaves, [data.dout])
     assert_attention_close(problem, data, out, lse, grads, probs=ops.attention_probs(lse, *args))

@@ -20,7 +20,7 @@ from flash_rocm._triton import candidates, plan, tuning, workers
 
 from flash_rocm import ops, runtime, tuned
 from flash_rocm.config_schema import KernelConfig
-from flash_rocm.problem import AttentionProblem
+from flash_rocm.problem import AttentionProblem, layout_of
 from flash_rocm.runtime import ConfigSource, arch_named
 from flash_rocm.testing import assert_attention_close, make_inputs, make_problem
 from flash_rocm.tuned import Outcome, TuneKey, TuningError
@@ -366,8 +366,8 @@ def test_a_call_tunes_and_is_right(tmp_path: pathlib.Path, monkeypatch: pytest.M
     )
     data = make_inputs(problem)
     leaves = [x.detach().requires_grad_() for x in data.inputs[:3]]
-    args = (*leaves, *data.inputs[3:], *matrix.scalars_of(problem, "triton"))
-    out, lse = ops.attention_forward(False, args)
+    args = (*leaves, *data.inputs.tensors[3:], *matrix.scalars_of(problem, "triton"))
+    out, lse = ops.attention_forward(args, layout_of(*args[:3]))
     grads = torch.autograd.grad([out], leaves, [data.dout])
     assert_attention_close(problem, data, out, lse, grads)
     assert len(list(tmp_path.glob("tuning/*/*/*.json"))) == 3

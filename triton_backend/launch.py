@@ -11,7 +11,7 @@ import triton
 
 from flash_rocm import runtime
 from flash_rocm.config_schema import ConfigError
-from flash_rocm.problem import AttentionInputs, AttentionProblem, lse_shape
+from flash_rocm.problem import AttentionInputs, AttentionProblem, layout_of, lse_shape
 from flash_rocm.runtime import ConfigSource
 
 from . import prebuilt, virtual
@@ -46,10 +46,10 @@ class Call(NamedTuple):
 class _Known:
     """A compiled kernel with everything its launch takes but what is new at each call."""
 
-    __slots__ = ("compiled", "programs", "run", "function", "metadata", "tail", "stream_of")
+    __slots__ = ("compiled", "index", "programs", "run", "function", "metadata", "tail", "stream_of")
 
-    def __init__(self, compiled: Any, programs: int, tail: tuple[Any, ...]) -> None:
-        self.compiled, self.programs, self.tail = compiled, programs, tail
+    def __init__(self, compiled: Any, index: int, programs: int, tail: tuple[Any, ...]) -> None:
+        self.compiled, self.index, self.programs, self.tail = compiled, index, programs, tail
         self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
         self.stream_of = triton.runtime.driver.active.get_current_stream
 
@@ -70,8 +70,8 @@ class Launcher:
         #: Triton's hashes of the compiled kernels that were launched.
         self.compiled: set[str] = set()
 
-    def launch_known(self, key: tuple[Any, ...], index: int, fresh: list[int | None]) -> bool:
-        """Launch on device ``index`` what :meth:`launch_new` remembered under ``key``; False if nothing was.
+    def launch_known(self, key: tuple[Any, ...], fresh: list[int | None]) -> bool:
+        """Launch what :meth:`launch_new` remembered under ``key``; False if nothing was.
 
         Args:
             fresh: what is no part of the key: pointers, and strides of softmax_lse, which for varlen
@@ -80,9 +80,10 @@ class Launcher:
         known = self._known.get(key)
         if known is None:
             return False
+        index = known.index
         if index != _current_device():
             with torch.cuda.device(index):
-                return self.launch_known(key, index, fresh)
+                return self.launch_known(key, fresh)
         programs, tail = known.programs, known.tail
         if _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls:
             # A profiler wants to see the launch: the way that calls its hooks.
@@ -120,7 +121,7 @@ class Launcher:
             if key is not None:
                 if len(self._known) >= _KNOWN_MAX:
                     self._known.clear()
-                self._known[key] = _Known(compiled, programs, tail)
+                self._known[key] = _Known(compiled, device.index, programs, tail)
 
     def tail_of(self, call: Call) -> tuple[Any, ...]:
         """Arguments of the kernel behind the strides of softmax_lse: run-time numbers, then constants."""
@@ -196,10 +197,14 @@ def _pointers(tensors: Tensors) -> tuple[list[int | None], Any]:
 
     Launches take numbers: about a tensor Triton would ask the driver, which the first launch has done.
     """
-    pointers = [None if x is None else x.data_ptr() for x in tensors]
+    pointers: list[int | None] = []
     combined = 0
-    for pointer in pointers:
-        if pointer:
+    for x in tensors:
+        if x is None:
+            pointers.append(None)
+        else:
+            pointer = x.data_ptr()
+            pointers.append(pointer)
             combined |= pointer
     far = _IS_HIP and any(x is not None and _is_far(x) for x in tensors)
     if combined & 15 == 0 and not far:
@@ -215,6 +220,11 @@ def _strides(x: torch.Tensor) -> Strides:
     """(batch, row, head) strides in elements; the batch stride of varlen tensors is 0."""
     stride = x.stride()
     return (stride[0], stride[1], stride[2]) if len(stride) == 4 else (0, stride[0], stride[1])
+
+
+def _strides_key(inputs: AttentionInputs) -> object:
+    """Stands for the strides of q, k and v and their device in the key of a launch."""
+    return (inputs.layout or layout_of(inputs.q, inputs.k, inputs.v)).strides
 
 
 def lse_strides_of(softmax_lse: torch.Tensor) -> tuple[int, int]:
@@ -279,7 +289,7 @@ def _new(x: torch.Tensor, shape: Sequence[int], varlen: bool) -> torch.Tensor:
 
 def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse of one call; see :class:`flash_rocm.backends.Backend`."""
-    q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, _ = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, *_ = inputs
     if problem.varlen:
         # Rows that no sequence owns are not written by the kernel.
         out = q.new_zeros((*q.shape[:-1], problem.headdim_v))
@@ -294,11 +304,10 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
     tensors = (q, k, v, out, lse, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
     pointers, facts = _pointers(tensors)
     lse_strides = lse_strides_of(lse)
-    index = q.get_device()
     configs = runtime.config_source()
-    key = (problem, q.stride(), k.stride(), v.stride(), slopes is None or slopes.stride(), index, facts, configs)
+    key = (problem, _strides_key(inputs), slopes is None or slopes.stride(), facts, configs)
     launcher = KERNELS["forward"]
-    if launcher.launch_known(key, index, [*pointers, *lse_strides]):
+    if launcher.launch_known(key, [*pointers, *lse_strides]):
         return out, lse
     known_as, configs = settle("forward", problem, q.device, key, configs)
     launcher.launch_new(known_as, new_call("forward", problem, configs, tensors, (q, k, v), lse_strides, slopes))
@@ -318,7 +327,7 @@ def backward(
     Two launches: dQ, which also leaves delta in a (batch, nheads, seqlen_q) float32 buffer, then
     dK and dV, which reads it.
     """
-    q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, _ = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, *_ = inputs
     out, softmax_lse = out.contiguous(), softmax_lse.contiguous()
     dlse = dlse.contiguous() if dlse is not None else None
     dq = _new(q, q.shape, problem.varlen)
@@ -328,26 +337,22 @@ def backward(
     optional = (slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
     dq_tensors = (q, k, v, out, dout, softmax_lse, dlse, delta, dq, *optional)
     dkdv_tensors = (q, k, v, dout, softmax_lse, delta, dk, dv, *optional)
-    index = q.get_device()
     configs = runtime.config_source()
     lse_strides = lse_strides_of(softmax_lse)
     dq_pointers, dq_facts = _pointers(dq_tensors)
     dkdv_pointers, dkdv_facts = _pointers(dkdv_tensors)
     key = (
         problem,
-        q.stride(),
-        k.stride(),
-        v.stride(),
+        _strides_key(inputs),
         dout.stride(),
         slopes is None or slopes.stride(),
         dlse is None,
-        index,
         dq_facts,
         dkdv_facts,
         configs,
     )
-    dq_done = KERNELS["backward_dq"].launch_known(key, index, [*dq_pointers, *lse_strides])
-    if dq_done and KERNELS["backward_dkdv"].launch_known(key, index, [*dkdv_pointers, *lse_strides]):
+    dq_done = KERNELS["backward_dq"].launch_known(key, [*dq_pointers, *lse_strides])
+    if dq_done and KERNELS["backward_dkdv"].launch_known(key, [*dkdv_pointers, *lse_strides]):
         return dq, dk, dv
 
     for kernel, tensors in (("backward_dq", dq_tensors), ("backward_dkdv", dkdv_tensors)):
@@ -361,15 +366,14 @@ def backward(
 
 def probs(problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch.Tensor) -> torch.Tensor:
     """S_dmask (batch, nheads, seqlen_q, seqlen_k); see :class:`flash_rocm.backends.Backend`."""
-    q, k, _, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, _ = inputs
+    q, k, _, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, *_ = inputs
     softmax_lse = softmax_lse.contiguous()
     configs = runtime.config_source()
     result = q.new_zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
     tensors = (q, k, softmax_lse, result, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
     pointers, facts = _pointers(tensors)
-    index = q.get_device()
     lse_strides = lse_strides_of(softmax_lse)
-    key = (problem, q.stride(), k.stride(), slopes is None or slopes.stride(), index, facts, configs)
-    if not KERNELS["probs"].launch_known(key, index, [*pointers, *lse_strides]):
+    key = (problem, _strides_key(inputs), slopes is None or slopes.stride(), facts, configs)
+    if not KERNELS["probs"].launch_known(key, [*pointers, *lse_strides]):
         KERNELS["probs"].launch_new(key, new_call("probs", problem, configs, tensors, (q, k), lse_strides, slopes))
     return result

@@ -117,10 +117,9 @@ def measure(
         # Its own: what it has loaded goes when it goes, but for the winner.
         launcher = launch.Launcher(launch.KERNELS[kernel].kernel)
         pointers = [None if x is None else x.data_ptr() for x in tensors]
-        index = strided[0].get_device()
 
         def run(source: ConfigSource) -> None:
-            if not launcher.launch_known((source,), index, [*pointers, *lse_strides]):
+            if not launcher.launch_known((source,), [*pointers, *lse_strides]):
                 call = launch.new_call(kernel, problem, source, tensors, strided, lse_strides, None)
                 launcher.launch_new((source,), call)
 

@@ -104,8 +104,8 @@ def make_inputs(
     device = torch.device(device or p.device_type)
     q, k, v = _place([x.to(device) for x in (q, k, v)], layout, fill)
     (dout,) = _place([dout.to(device)], layout, fill)
-    others = [None if x is None else x.to(device) for x in (cu_q, cu_k, slopes, state, table)]
-    return Case(AttentionInputs(q, k, v, *others), dout, dlse.to(device))
+    cu_q, cu_k, slopes, state, table = (None if x is None else x.to(device) for x in (cu_q, cu_k, slopes, state, table))
+    return Case(AttentionInputs(q, k, v, cu_q, cu_k, slopes, state, table), dout, dlse.to(device))
 
 
 def _lengths(generator: torch.Generator, batch: int, longest: int, given: Sequence[int] | None, name: str) -> list[int]:
