@@ -133,7 +133,7 @@ def _overrides(kernels: str | None, forward: str | None) -> dict[str, tuple[dict
         if isinstance(raw, dict) and "PRE_LOAD_V" in raw:
             runtime.warn_once(f"{_THEIRS}: PRE_LOAD_V has no counterpart in these kernels and changes nothing")
             raw = {key: value for key, value in raw.items() if key != "PRE_LOAD_V"}
-        found["forward"] = (check_options(_THEIRS, raw, _THEIR_OPTIONS), _THEIRS)
+        found["forward"] = (check_options(_THEIRS, "forward", raw, _THEIR_OPTIONS), _THEIRS)
     if kernels:
         ours = check_kernel_overrides(_OURS, parse(_OURS, kernels))
         if forward and "forward" in ours:

@@ -27,6 +27,8 @@ OPTIONS: dict[str, tuple[int, ...]] = {
 }
 REQUIRED_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 AMD_OPTIONS = ("waves_per_eu", "matrix_instr_nonkdim", "kpack")
+#: Options that a kernel does not act on: 0 is all they can be there.
+UNUSED_OPTIONS: dict[str, tuple[str, ...]] = {"probs": ("BLOCK_K",)}
 RANGES = ("headdim", "seqlen")
 FLAGS = ("causal", "masked", "varlen")
 MATCH_KEYS = ("dtype", *RANGES, *FLAGS)
@@ -109,7 +111,8 @@ class KernelConfig:
     """Tuning of one Triton kernel.  Block sizes in rows and columns of the score matrix.
 
     BLOCK_K: dims of the head that the products over it take at a time; 0: all, the left operand staying in
-    registers.  waves_per_eu, matrix_instr_nonkdim and kpack are AMD's compiler options, 0 for its default.
+    registers (probs always takes all).  waves_per_eu, matrix_instr_nonkdim and kpack are AMD's compiler
+    options, 0 for its default.
     """
 
     BLOCK_M: int
@@ -211,22 +214,25 @@ def _check_integer(where: str, raw: Any, minimum: int) -> int:
     return raw
 
 
-def check_options(where: str, raw: Any, allowed: Iterable[str] = tuple(OPTIONS)) -> dict[str, int]:
+def check_options(where: str, kernel: str, raw: Any, allowed: Iterable[str] = tuple(OPTIONS)) -> dict[str, int]:
     """Options of a kernel, all of them optional."""
     options = check_object(where, raw, allowed)
+    for key in UNUSED_OPTIONS.get(kernel, ()):
+        if _check_choice(f"{where}.{key}", options.get(key, 0), OPTIONS[key]):
+            raise ConfigError(f"{where}.{key}: expected 0 or no value, {kernel} does not use it, got {options[key]!r}")
     return {key: _check_choice(f"{where}.{key}", value, OPTIONS[key]) for key, value in options.items()}
 
 
-def check_all_options(where: str, raw: Any) -> dict[str, int]:
+def check_all_options(where: str, kernel: str, raw: Any) -> dict[str, int]:
     """Options of a kernel, with none missing that has no default."""
-    options = check_options(where, raw)
+    options = check_options(where, kernel, raw)
     return check_object(where, options, OPTIONS, REQUIRED_OPTIONS)
 
 
 def check_kernel_overrides(where: str, raw: Any) -> dict[str, dict[str, int]]:
     """``{"forward": {"BLOCK_M": 64}, ...}``, for one kernel or several."""
     kernels = check_object(where, raw, KERNELS)
-    return {kernel: check_options(f"{where}.{kernel}", options) for kernel, options in kernels.items()}
+    return {kernel: check_options(f"{where}.{kernel}", kernel, options) for kernel, options in kernels.items()}
 
 
 def _check_match(where: str, raw: Any) -> Match:
@@ -277,7 +283,7 @@ def check_provenance(where: str, raw: Any) -> Provenance:
 def _check_entry(where: str, source: str, raw: Any) -> Entry:
     entry = check_object(where, raw, ENTRY_KEYS, ("kernel", "options", "provenance"))
     kernel = _check_choice(f"{where}.kernel", entry["kernel"], KERNELS)
-    options = check_all_options(f"{where}.options", entry["options"])
+    options = check_all_options(f"{where}.options", kernel, entry["options"])
     config = KernelConfig(
         **options,  # type: ignore[arg-type]
         limits=_check_limits(f"{where}.limits", entry.get("limits", {})),

@@ -112,6 +112,9 @@ def test_schema_json_documents_what_is_checked() -> None:
         assert set(documented.get("required", ())) == required, name
         assert documented["additionalProperties"] is False, name
     assert {name: tuple(rule["enum"]) for name, rule in options["properties"].items()} == config_schema.OPTIONS
+    kernel = entry["if"]["properties"]["kernel"]["const"]
+    unused = {name for name, rule in entry["then"]["properties"]["options"]["properties"].items() if rule["const"] == 0}
+    assert {kernel: unused} == {kernel: set(names) for kernel, names in config_schema.UNUSED_OPTIONS.items()}
     choices = {
         config_schema.KERNELS: entry["properties"]["kernel"],
         config_schema.DTYPES: match["properties"]["dtype"]["items"],
@@ -228,6 +231,14 @@ WRONG = {
     ),
     "a text": (changed("options", num_warps="4"), "options.num_warps: expected one of 1, 2, 4, 8, 16, got '4'"),
     "a bool": (changed("options", num_stages=True), "options.num_stages: expected one of 1, 2, 3"),
+    "unused": (
+        {"triton": [ENTRY | {"kernel": "probs", "options": OPTIONS | {"BLOCK_K": 32}}]},
+        "triton[0].options.BLOCK_K: expected 0 or no value, probs does not use it, got 32",
+    ),
+    "unused and a text": (
+        {"triton": [ENTRY | {"kernel": "probs", "options": OPTIONS | {"BLOCK_K": "32"}}]},
+        "triton[0].options.BLOCK_K: expected one of 0, 16, 32, 64, 128, 256, got '32'",
+    ),
     "no option": ({"triton": [ENTRY | {"options": {"BLOCK_M": 64}}]}, "options.BLOCK_N: expected a value, got none"),
     "match key": (changed("match", heads=3), "match.heads: expected one of the keys dtype, headdim, seqlen, causal"),
     "dtype": (changed("match", dtype=["fp8"]), "match.dtype: expected one of float16, bfloat16, float32, got 'fp8'"),
@@ -338,6 +349,11 @@ def test_our_variable_wins_over_theirs() -> None:
             "kernels",
             '{"forward": {"BLOCK_N": 48}}',
             "FLASH_ROCM_KERNEL_CONFIG.forward.BLOCK_N: expected one of 16, 32, ",
+        ),
+        (
+            "kernels",
+            '{"probs": {"BLOCK_K": 16}}',
+            "FLASH_ROCM_KERNEL_CONFIG.probs.BLOCK_K: expected 0 or no value, probs does not use it, got 16",
         ),
         (
             "forward",

@@ -42,6 +42,16 @@ def _all_kernels(problem: AttentionProblem, case: Case) -> None:
     launch.probs(problem, case.inputs, lse)
 
 
+def _through_the_operator(
+    problem: AttentionProblem, data: Case
+) -> tuple[tuple[torch.Tensor, torch.Tensor, Any], tuple[Any, ...]]:
+    """out, softmax_lse and gradients of a problem, and the operator's arguments."""
+    leaves = [x.detach().requires_grad_() for x in data.inputs[:3]]
+    args = (*leaves, *data.inputs.tensors[3:], *matrix.scalars_of(problem, "triton"))
+    out, lse = ops.attention_forward(args, layout_of(*args[:3]))
+    return (out, lse, torch.autograd.grad([out], leaves, [data.dout])), args
+
+
 def test_calls_of_one_key_launch_alike(launches: list[tuple[Any, ...]]) -> None:
     """Whatever a key does not hold may not change the launch: totals of varlen calls above all."""
     problem = make_problem(**VARLEN, dropout_p=0.1, alibi=True)
@@ -148,11 +158,8 @@ def test_warm_launches_of_other_totals(order: tuple[int, ...]) -> None:
     problem = make_problem(**VARLEN, device_type="cuda", dtype=torch.float16, needs_grad=True, window_right=0)
     for which in order:
         data = make_inputs(problem, which, seqlens_q=LENGTHS[which][0], seqlens_k=LENGTHS[which][1], poison=True)
-        leaves = [x.detach().requires_grad_() for x in data.inputs[:3]]
-        args = (*leaves, *data.inputs.tensors[3:], *matrix.scalars_of(problem, "triton"))
-        out, lse = ops.attention_forward(args, layout_of(*args[:3]))
-        grads = torch.autograd.grad([out], leaves, [data.dout])
-        assert_attention_close(problem, data, out, lse, grads)
+        results, _ = _through_the_operator(problem, data)
+        assert_attention_close(problem, data, *results)
     assert backends.load("triton") is launch
 
 
@@ -164,8 +171,37 @@ def test_64_bit_offsets_compute_the_same(varlen: bool, monkeypatch: pytest.Monke
     monkeypatch.setattr(launch, "_layout_constants", lambda *args: narrow(*args) | {"WIDE": True})
     problem = make_problem(headdim=40, varlen=varlen, window_right=0, nheads=4, nheads_k=2, needs_grad=True)
     data = make_inputs(problem, layout="padded", poison=True)
-    leaves = [x.detach().requires_grad_() for x in data.inputs[:3]]
-    args = (*leaves, *data.inputs.tensors[3:], *matrix.scalars_of(problem, "triton"))
-    out, lse = ops.attention_forward(args, layout_of(*args[:3]))
-    grads = torch.autograd.grad([out], leaves, [data.dout])
-    assert_attention_close(problem, data, out, lse, grads, probs=ops.attention_probs(lse, *args))
+    results, args = _through_the_operator(problem, data)
+    assert_attention_close(problem, data, *results, probs=ops.attention_probs(results[1], *args))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("block_k", "fields"),
+    [
+        (16, dict(dtype=torch.float32, headdim=24, window_right=0)),
+        (32, dict(dtype=torch.float16, headdim=72, headdim_v=40, window_left=20, window_right=9, softcap=8.0)),
+        (64, dict(dtype=torch.bfloat16, headdim=72, window_right=0, varlen=True, alibi=True, nheads=2)),
+        (256, dict(dtype=torch.float16, headdim=40, dropout_p=0.2)),
+    ],
+    ids=["half of the padded head dim", "padding fills chunks", "padding within a chunk", "over the head dim"],
+)
+def test_products_by_chunks_of_the_head_dim(
+    block_k: int, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BLOCK_K of the forward and both backward kernels, on 37 queries and 53 keys of 32x32, 32x16 and 16x32 blocks."""
+    override = {kernel: {"BLOCK_K": block_k} for kernel in ("forward", "backward_dq", "backward_dkdv")}
+    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", json.dumps(override))
+    launch_new, launched = launch.Launcher.launch_new, {}
+
+    def noted(launcher: launch.Launcher, key: Any, call: launch.Call) -> None:
+        launched[launcher.kernel.__name__] = call.plan.constants["BLOCK_K"]
+        launch_new(launcher, key, call)
+
+    monkeypatch.setattr(launch.Launcher, "launch_new", noted)
+    problem = make_problem(**{"nheads": 1, **fields}, batch=1, nheads_k=1, seqlen_q=37, seqlen_k=53, needs_grad=True)
+    data = make_inputs(problem, layout="padded", poison=True)
+    results, _ = _through_the_operator(problem, data)
+    kernels = (launch.KERNELS[name].kernel.__name__ for name in override)
+    assert launched == dict.fromkeys(kernels, block_k)
+    assert_attention_close(problem, data, *results)
