@@ -40,12 +40,16 @@ PACKAGE := pyproject.toml setup.py flash_rocm/__init__.py
 demo: $(VENV)/.demo
 	$(BIN)/flash-rocm demo
 
+LEFT_OUT := out/left-to-test-virtual.txt
+
 # The folder that holds aiter_meta; tests that find none there are skipped.
 test test-virtual: export FLASH_ROCM_TEST_AITER ?= $(abspath $(VENV))/aiter
 
 test: $(VENV)/.demo $(VENV)/.test llvm aiter
 	$(PYTEST) -m "not gpu and not interpret and not exhaustive" $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpret" $(PYTEST_ARGS)
+	@mkdir -p out && $(BIN)/python -m pytest -q -m exhaustive --collect-only > $(LEFT_OUT) && \
+	  echo "Left to make test-virtual, by name in $(LEFT_OUT): $$(tail -n 1 $(LEFT_OUT))"
 
 test-virtual: $(VENV)/.test llvm aiter
 	$(PYTEST) -m "virtual" $(PYTEST_ARGS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -91,17 +92,14 @@ class Scope:
     combinations: int  # sampled feature sets of two and three per dtype and dense/varlen
     members: int  # cases per group
     max_nheads_k: int
-    #: Of the groups of each feature set only the one of a dtype and of dense or varlen, another for the next set.
+    #: Of the groups of each feature set only the one of a dtype and of dense or varlen, another for the next set,
+    #: and none that is slow.
     sparse: bool = False
 
     @property
     def orders(self) -> tuple[str, ...]:
         """Wave orders that a case runs in; lockstep alone would hide missing barriers."""
         return ("reverse", "shuffled") if self.target.startswith("virtual:") else ()
-
-    def takes(self, features: int, group: int) -> bool:
-        """Whether group ``group`` (dtype and dense/varlen, of six) of feature set ``features`` runs."""
-        return not self.sparse or (features + VIRTUAL_ARCHS.index(self.target.partition(":")[2])) % 6 == group
 
 
 #: Archs whose machine code the matrix executes on the virtual GPU.
@@ -149,6 +147,39 @@ def _fields(rng: random.Random, features: tuple[str, ...], lengths: tuple[int, i
 
 def cases(scope: Scope) -> Iterator[Case]:
     """All cases of a target, the same in every process."""
+    groups = list(_groups(scope))
+    if scope.sparse:
+        groups = list(_sparse(groups, VIRTUAL_ARCHS.index(scope.target.partition(":")[2])))
+    for _, _, members in groups:
+        yield from members
+
+
+#: Number of the feature set, of dtype and dense or varlen, and the cases.
+_Group = tuple[int, int, list[Case]]
+#: Of :func:`_cost`: what takes longer than about 20 seconds on the virtual GPU.
+_SLOW = 40e6
+
+
+def _cost(case: Case) -> float:
+    """Multiplications, weighted by how long the virtual GPU takes for them: found by timing cases."""
+    p = case.problem
+    scores = p.batch * p.nheads * math.prod(-(-length // 64) * 64 for length in (p.seqlen_q, p.seqlen_k))
+    padded = 1 << (max(p.headdim, p.headdim_v) - 1).bit_length()
+    wave32 = case.target.startswith("virtual:gfx1")
+    return scores * padded * (4 if p.dtype == torch.float32 else 1) * (2 if wave32 else 1) * (3 if case.backward else 1)
+
+
+def _sparse(groups: list[_Group], first: int) -> Iterator[_Group]:
+    """One group for each feature set: the first in turn that is not slow, else the fastest."""
+    kinds = 1 + max(kind for _, kind, _ in groups)
+    for features in sorted({number for number, _, _ in groups}):
+        turns = sorted((g for g in groups if g[0] == features), key=lambda g: (g[1] - features - first) % kinds)
+        costs = [sum(map(_cost, members)) for _, _, members in turns]
+        yield next((g for g, cost in zip(turns, costs, strict=True) if cost < _SLOW), turns[costs.index(min(costs))])
+
+
+def _groups(scope: Scope) -> Iterator[_Group]:
+    """Every group of a target."""
     capability = CAPABILITIES[scope.backend]
     supported = tuple(f for f in COMBINED if f == "dlse" or f in capability.features)
     headdims = itertools.cycle(scope.headdims)
@@ -165,6 +196,7 @@ def cases(scope: Scope) -> Iterator[Case]:
             sign = rng.choice((1.0, 1.0, 1.0, 1.0, 1.0, 1.0, -1.0, 0.0))
             layouts = rng.sample(LAYOUTS, 2)
             group_name = f"{scope.target}-{dtype}-{varlen}-{features}"
+            found: list[Case] = []
             for member in range(scope.members):
                 seed += 1
                 lengths = rng.choice(scope.lengths)
@@ -193,10 +225,10 @@ def cases(scope: Scope) -> Iterator[Case]:
                     **fields,
                 )
                 layout, alibi_per_batch = rng.choice(layouts), rng.random() < 0.5
-                if scope.takes(number, kind):
-                    yield Case(
-                        scope.backend, scope.target, problem, layout, seed, features, alibi_per_batch, group_name
-                    )
+                found.append(
+                    Case(scope.backend, scope.target, problem, layout, seed, features, alibi_per_batch, group_name)
+                )
+            yield number, kind, found
 
 
 def scalars_of(problem: AttentionProblem, backend: str) -> tuple[Any, ...]:

@@ -224,12 +224,17 @@ def test_buffer_range(data: np.ndarray) -> None:
 
 
 def test_buffer_index(data: np.ndarray) -> None:
-    """idxen: the index counts in strides, bits 16 to 29 of the second word."""
+    """idxen: index and num_records count in strides, bits 16 to 29 of the second word.
+
+    So the comment of Mesa's radeonsi on NUM_RECORDS ("GFX9: for VMEM and inst.IDXEN == 1 and STRIDE != 0").
+    """
     lines = f"{PROLOGUE}s_or_b32 s5, s5, 0x80000\n s_mov_b32 s7, 0\n{FILL}"
     load = "buffer_load_dword v4, v0, s[4:7], 0 idxen offset:4"
     expected = np.full((64, 4), 0x77777777, np.uint32)
     expected[:, 0] = data[2 * LANES + 1]
     np.testing.assert_array_equal(run(f"{lines}{load}{SAVE}", data), expected)
+    expected[:, 0] = np.where(LANES < 40, data[2 * LANES + 1], 0)
+    np.testing.assert_array_equal(run(f"{lines}s_mov_b32 s6, 40\n{load}{SAVE}", data), expected)
 
 
 def test_scratch_is_private(data: np.ndarray) -> None:

@@ -1,22 +1,23 @@
 """Launches AMD's own assembled attention kernels, which the amd-aiter wheel ships, on the virtual GPU.
 
 The arguments are those of ``fmha_fwd_v3_args`` in aiter's ``csrc/include/mha_fwd.h``, one every 16 bytes, and
-of ``fmha_bwd_v3_args`` in ``mha_bwd.h``, which the code objects' metadata name; their values are those of aiter's
-``hsa/gfx942/fmha_v3_bwd/codegen.py``.
+of the ``fmha_bwd_v3_..._args`` in ``mha_bwd.h``, which the code objects' metadata name; their values are those of
+aiter's ``hsa/<arch>/fmha_v3_bwd/codegen.py``, and the layouts of dq those of its ``csrc/py_itfs_cu``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flash_rocm.virtual import Launch, LaunchStats, VirtualGpu, load_code_object
+from flash_rocm.virtual import CodeObject, Launch, LaunchStats, VirtualGpu, load_code_object
 
 #: Rows of q of a workgroup of the forward kernels, of k of one of the backward kernels.
-TILE_Q, TILE_K = 256, 192
+TILE_Q, TILE_K = 256, {"gfx942": 192, "gfx950": 256}
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
@@ -27,6 +28,14 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
 
 def from_bf16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def to_fp16(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float16).view(np.uint16)
+
+
+def from_fp16(bits: np.ndarray) -> np.ndarray:
+    return bits.view(np.float16).astype(np.float64)
 
 
 def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causal: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -96,34 +105,97 @@ def backward_reference(
     return dq, dk, np.einsum("bhij,bihd->bjhd", p, dout), lse, delta
 
 
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """Gradients in float64, and what the main kernel's launch took."""
+
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+    stats: LaunchStats
+
+
 def run_backward(
     path: Path,
+    arch: str,
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
     dout: np.ndarray,
     lse: np.ndarray,
     delta: np.ndarray,
-    causal: bool,
+    starts: tuple[int, ...] = (),
     **options: Any,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, LaunchStats]:
-    """dq (float32), dk and dv (bfloat16 bits) by a gfx942 kernel that adds up dq with atomics ("a32").
+) -> Backward:
+    """Gradients by one of AMD's kernels, whose file's name says what it does.
 
-    All tensors are contiguous (batch, seqlen, heads, 128) of one shape, with a multiple of 64 rows.
+    "a32" adds up dq in float32; "a16" in q's type, in q's layout on gfx942 and on gfx950 in one of its own, which
+    ``dq_shuffle`` puts right.  "group" takes sequences that lie one behind the other.
+
+    Args:
+        q, k, v, dout: bits of bfloat16 or, where the name says so, float16, contiguous (batch, seqlen, heads, 128)
+            and all of one shape; batch is 1 for "group".
+        lse, delta: (batch, heads, seqlen).
+        starts: where the sequences of "group" begin, and the end.
     """
-    code = load_code_object(path.read_bytes())
-    gpu = VirtualGpu("gfx942")
+    code, gpu = load_code_object(path.read_bytes()), VirtualGpu(arch)
     batch, rows, heads, dim = q.shape
-    dq = np.zeros((batch, heads, rows, dim), np.float32)
+    decode = from_bf16 if "bf16" in path.name else from_fp16
+    in_place, shuffled = "_a16" in path.name and arch == "gfx942", "_a16" in path.name and arch == "gfx950"
+    longest = max(np.diff(starts)) if starts else rows
+    padded = -(-longest // 16) * 16
+    if in_place:
+        dq = np.zeros_like(q)
+    elif shuffled:
+        dq = np.zeros((len(starts) - 1 if starts else batch, heads, padded, dim), np.uint16)
+    else:
+        dq = np.zeros((batch, heads, rows, dim), np.float32)
     dk, dv = np.zeros_like(k), np.zeros_like(v)
     arrays = {"dQ": dq, "dK": dk, "dV": dv, "Q": q, "K": k, "V": v, "dO": dout}
     arrays |= {"Lse": np.float32(lse).copy("C"), "D": np.float32(delta).copy("C")}
+    values: dict[str, Any] = {name: gpu.memory.add(name, array) for name, array in arrays.items()}
     sequence, row, head, _ = q.strides
-    kernargs: dict[str, Any] = {name: gpu.memory.add(name, array) for name, array in arrays.items()}
-    kernargs |= {"scalar": dim**-0.5, "log2e": float(np.log2(np.e)), "seq_len": rows, "ratio": 1}
-    kernargs |= {"Ts": TILE_K * row, "Hs": head, "BAs": sequence, "Seqs": row}
-    kernargs |= {"Hs_kv": head, "BAs_kv": sequence, "Seqs_kv": row, "Seqs_dkv": row, "head_dim": dim}
-    blocks = -(-rows // TILE_K)
-    grid = (-(-blocks // 2) if causal else blocks, heads, batch)
-    stats = gpu.launch(code, grid=grid, block_threads=256, kernargs=kernargs, **options)
-    return dq.transpose(0, 2, 1, 3), dk, dv, stats
+    tile = TILE_K[arch]
+    values |= {"scalar": dim**-0.5, "log2e": float(np.log2(np.e)), "ratio": 1, "nhead_q": heads, "Ts": tile * row}
+    values |= dict.fromkeys(("seq_len", "seqlen_q", "seqlen_k"), rows)
+    values |= dict.fromkeys(("head_dim", "head_dim_q", "head_dim_k"), dim)
+    for tensor in ("", "_q", "_k", "_v", "_do", "_dk", "_dv", "_kv", "_dkv"):
+        values |= {f"Hs{tensor}": head, f"BAs{tensor}": sequence, f"Seqs{tensor}": row}
+    # Of one head of softmax_lse and delta, which "group" needs.
+    values |= dict.fromkeys(("Hs_lsed", "s_Hs_lsed"), 4 * rows)
+    values |= {"max_seq_len_dq": padded if shuffled else longest, "mask_x": 0, "mask_y": 0}
+    where = gpu.memory.add("starts", np.array(starts or (0, rows), np.int32))
+    for side in "qk":
+        names = (f"ptr_{side}seq", f"ptr_{side}seq_padded", f"ptr_seqstart_{side}", f"ptr_seqstart_{side}_padded")
+        values |= dict.fromkeys(names, where)
+    blocks = -(-longest // tile)
+    grid = (-(-blocks // 2) if "_causal" in path.name else blocks, heads, len(starts) - 1 if starts else batch)
+    stats = gpu.launch(code, grid=grid, block_threads=256, kernargs=_packed(code, values), **options)
+    if shuffled:
+        result, order = np.zeros_like(q), load_code_object(_dq_shuffle(path).read_bytes())
+        values |= {"dQ_acc": values["dQ"], "dQ": gpu.memory.add("dq in order", result)}
+        values |= {"BAs_dq_acc": dq.strides[0], "Hs_dq_acc": dq.strides[1], "Seqs_dq_acc": dq.strides[2]}
+        values |= {"BAs_dq": sequence, "Hs_dq": head, "Seqs_dq": row, "Ts": 64 * row, "max_seqlen_dq": padded}
+        grid = (-(-longest // 64), *grid[1:])
+        gpu.launch(order, grid=grid, block_threads=256, kernargs=_packed(order, values), **options)
+        dq = result
+    exact = decode(dq) if dq.dtype == np.uint16 else dq.transpose(0, 2, 1, 3).astype(np.float64)
+    return Backward(exact, decode(dk), decode(dv), stats)
+
+
+def _dq_shuffle(path: Path) -> Path:
+    return path.with_name(f"bwd_hd128_dq_shuffle{'_group' if 'group' in path.name else ''}.co")
+
+
+def _packed(code: CodeObject, values: dict[str, Any]) -> bytes:
+    """Of all values those that a kernel's metadata names, each of which has to be there.
+
+    The metadata of gfx950 give some pointers 4 bytes, with as many unused ones behind them; the C++ structs have 8.
+    """
+    packed = bytearray(code.descriptor.kernarg_bytes)
+    for argument in code.arguments:
+        if argument.name != "pad":
+            value = values[argument.name]
+            kind = "<f" if isinstance(value, float) else "<Q" if value >= 1 << 32 else "<I"
+            struct.pack_into(kind, packed, argument.offset, value)
+    return bytes(packed)

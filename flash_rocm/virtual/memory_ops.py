@@ -396,6 +396,8 @@ class BufferAddress:
             raise UnsupportedInstruction("a buffer descriptor with swizzle or thread ids in its address")
         if not g.m.gfx9 and ((word3 >> _U32(28) & _U32(3)) != 3).any():
             raise UnsupportedInstruction("a buffer descriptor whose range check is not that of raw buffers")
+        if not g.m.gfx9 and self.index_row is not None:
+            raise UnsupportedInstruction("a raw buffer with an index")
         offset: Any = np.int64(self.immediate)
         if self.offset_row is not None:
             offset = g.V[self.offset_row].astype(np.int64) + offset
@@ -403,7 +405,12 @@ class BufferAddress:
             offset = g.V[self.index_row].astype(np.int64) * stride[:, None] + offset
         soffset = np.broadcast_to(np.asarray(self.soffset(g)).astype(np.int64), g.n)
         # Linear buffers are checked by byte: offset >= num_records - soffset is out of range, for each dword.
-        inside = active(g, (records - soffset)[:, None] - offset)
+        inside = (records - soffset)[:, None] - offset
+        if self.index_row is not None and stride.any():
+            # On gfx9 num_records counts strides where an index is used, and the index alone is checked.
+            within = g.V[self.index_row].astype(np.int64) < records[:, None]
+            inside = np.where((stride != 0)[:, None], np.where(within, size, 0), inside)
+        inside = active(g, inside)
         address = active(g, (base + soffset)[:, None] + offset)
         return address.view(_U64), inside
 
