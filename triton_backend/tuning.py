@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from flash_rocm import config, runtime, timing, tuned
+from flash_rocm import config, runtime, timing, tuned, virtual_device
 from flash_rocm.amdgpu.chips import CHIPS, NVIDIA_SHARED
 from flash_rocm.config_schema import KernelConfig, Provenance
 from flash_rocm.problem import AttentionProblem, default_softmax_scale
@@ -172,7 +172,7 @@ def tune(
     Raises:
         TuningError: nothing compiled, or the default could not be measured.
     """
-    start, arch, problem = time.monotonic(), runtime.arch_of(device), problem_of(key)
+    start, arch, problem = time.monotonic(), virtual_device.arch_of(device), problem_of(key)
     plain = ConfigSource(folder=source.folder if source else None)
     default = kernel_config(key.kernel, problem, arch, plain)
     tried = candidates(key.kernel, default, arch, key.headdim, problem.dtype.itemsize)
@@ -231,7 +231,7 @@ def tune_at_first_use(kernel: str, problem: AttentionProblem, device: torch.devi
         if torch.cuda.is_current_stream_capturing():
             runtime.log_once("tuning: not during graph capture, using the default config", logging.WARNING)
             return False
-    key = tune_key(kernel, problem, runtime.arch_of(device))
+    key = tune_key(kernel, problem, virtual_device.arch_of(device))
     with _one_at_a_time:
         if (source.tuned, key) in _tried or tuned.find(source.tuned, key) is not None:
             return True

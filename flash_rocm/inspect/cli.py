@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 
-from flash_rocm import runtime
+from flash_rocm import runtime, virtual_device
 from flash_rocm.config_schema import KERNELS, ConfigError
 
 from .batch import inspect_cases
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         if args.model:
             text += f"\n\n{_model(args, reports)}"
         _write(text, args.output)
-    except (InspectError, ConfigError, runtime.VirtualDeviceError) as error:
+    except (InspectError, ConfigError, virtual_device.VirtualDeviceError) as error:
         print(f"flash-rocm inspect: {error}", file=sys.stderr)
         return 2
     if old is not None:

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from flash_rocm import backends, runtime, tuned
+from flash_rocm import backends, runtime, tuned, virtual_device
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.inspect.cli import names
 from flash_rocm.tuned import Outcome, TuneKey, TuningError
@@ -71,7 +71,7 @@ def _device(wanted: str | None) -> tuple[torch.device, runtime.Arch]:
             "expected a GPU to measure on, found none. Hint: flash-rocm inspect compares configs without one."
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    arch = runtime.arch_of(device)
+    arch = virtual_device.arch_of(device)
     if wanted not in (None, arch.name):
         raise shapes.ShapesError(f"--arch: expected {arch.name}, the GPU that is here, got {wanted!r}")
     reasons = backends.availability_reasons("triton", arch)
