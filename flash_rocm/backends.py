@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from flash_rocm import runtime
-from flash_rocm.config_schema import KernelConfig
+from flash_rocm.config_schema import KernelConfig, Provenance
 from flash_rocm.problem import FEATURES, AttentionInputs, AttentionProblem
 from flash_rocm.runtime import Arch, ConfigSource
 from flash_rocm.tuned import Outcome, TuneKey
@@ -202,7 +202,7 @@ class OfflineCompiler(Protocol):
 
 
 class Tuner(Protocol):
-    """How the Triton back end tunes on the GPU that is here."""
+    """How the Triton back end tunes."""
 
     def tune(
         self,
@@ -212,7 +212,25 @@ class Tuner(Protocol):
         budget: float,
         say: Callable[[str], None],
     ) -> Outcome:
-        """Return the fastest options for a key; raise TuningError if nothing could be measured."""
+        """Return the fastest options for a key on the GPU that is here.
+
+        Raise TuningError if nothing could be measured.
+        """
+
+    def search(
+        self,
+        key: TuneKey,
+        arch: Arch,
+        source: ConfigSource | None,
+        budget: float,
+        say: Callable[[str], None],
+        measure: Callable[[str, AttentionProblem, Sequence[ConfigSource], float], list[float | None]],
+        found_by: Provenance,
+    ) -> Outcome:
+        """Return the options that ``measure`` finds to be the fastest; raise TuningError as ``tune`` does."""
+
+    def execute(self, kernel: str, problem: AttentionProblem, source: ConfigSource) -> None:
+        """Launch a kernel once on the virtual GPU in use."""
 
 
 class Planner(Protocol):

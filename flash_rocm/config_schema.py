@@ -34,7 +34,7 @@ FLAGS = ("causal", "masked", "varlen")
 MATCH_KEYS = ("dtype", *RANGES, *FLAGS)
 #: Smallest value of each limit; "R" may have a fraction.
 LIMITS = {"vgpr_spills": 0, "loop_scratch": 0, "waves_per_simd": 1, "R": 0}
-HOW = ("measured", "static model", "inherited", "first choice")
+HOW = ("measured", "model", "static model", "inherited", "first choice")
 PROVENANCE_KEYS = ("how", "date", "compiler", "note")
 ENTRY_KEYS = ("kernel", "match", "options", "limits", "provenance")
 FILE_KEYS = ("arch", "inherits", "triton", "ck")
@@ -267,7 +267,7 @@ def _check_limits(where: str, raw: Any) -> Limits:
 
 
 def check_provenance(where: str, raw: Any) -> Provenance:
-    """Where values come from; what was measured says when and with which compiler."""
+    """Where values come from; what was measured or modelled says when and with which compiler."""
     facts = check_object(where, raw, PROVENANCE_KEYS, ("how",))
     _check_choice(f"{where}.how", facts["how"], HOW)
     for key, value in facts.items():
@@ -275,7 +275,7 @@ def check_provenance(where: str, raw: Any) -> Provenance:
             raise ConfigError(f"{where}.{key}: expected a text, got {value!r}")
     if "date" in facts and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", facts["date"]):
         raise ConfigError(f"{where}.date: expected YYYY-MM-DD, got {facts['date']!r}")
-    if facts["how"] == "measured":
+    if facts["how"] in ("measured", "model"):
         check_object(where, raw, PROVENANCE_KEYS, ("date", "compiler"))
     return Provenance(**facts)
 

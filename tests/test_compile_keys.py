@@ -6,6 +6,8 @@ The keys are worked out by Triton's JIT from the arguments that a launch passes;
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +102,16 @@ def test_what_is_compiled_offline_is_what_a_launch_looks_for(
         code, options = offline.source_of(kernel, problem, chip)
         assert offline.cache_key(code, chip, options) == disk_key(kernel, call, chip), kernel
     assert [kernel for kernel, _ in recorded] == list(KERNELS)
+
+
+_KEY = "from flash_rocm._triton.launch import KERNELS; print([KERNELS[name].kernel.cache_key for name in {}][-1])"
+
+
+def test_keys_do_not_depend_on_what_ran_before() -> None:
+    """A process that has run the forward finds a backward that was compiled in one that has not."""
+    orders = (["backward_dq"], ["forward", "backward_dq"], ["backward_dkdv", "probs", "backward_dq"])
+    keys = [subprocess.check_output([sys.executable, "-c", _KEY.format(order)], text=True) for order in orders]
+    assert keys[0] == keys[1] == keys[2]
 
 
 @pytest.mark.gpu

@@ -250,7 +250,7 @@ WRONG = {
     "limit": (changed("limits", spills=3), "limits.spills: expected one of the keys vgpr_spills, loop_scratch"),
     "spills": (changed("limits", vgpr_spills=-1), "limits.vgpr_spills: expected a whole number >= 0, got -1"),
     "R": (changed("limits", R="low"), "limits.R: expected a number > 0, got 'low'"),
-    "how": (changed("provenance", how="guess"), "provenance.how: expected one of measured, static model, inherited"),
+    "how": (changed("provenance", how="guess"), "provenance.how: expected one of measured, model, static model"),
     "date": (changed("provenance", date="today"), "provenance.date: expected YYYY-MM-DD, got 'today'"),
     "measured": (changed("provenance", how="measured"), "provenance.date: expected a value, got none"),
     "ck tile": ({"ck": [CK_ENTRY | {"tile": [1, 2]}]}, "ck[0].tile: expected a list of 6 numbers, got [1, 2]"),

@@ -203,6 +203,13 @@ def test_nvidia_registers() -> None:
     assert found.full is None and found.waves_per_simd is None
 
 
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_two_workgroups_of_the_forward_fit_a_multiprocessor(mask: str) -> None:
+    """sm90, head dim 64: 256 threads may hold 128 of 65536 registers each; with more, speed falls by a third."""
+    triton_needed()
+    assert inspect_problem("sm90", "forward", "bf16", 64, mask).resources.vgprs <= 128
+
+
 def test_a_bad_config_fails_the_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that are too large: registers spill, inside loops too, and LDS is over the limit."""
     triton_needed()

@@ -34,7 +34,7 @@ def _attend(
     rng_ptr, head_index, dropout_threshold,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
-    MASKED: tl.constexpr, MASK_LEFT: tl.constexpr,
+    MASKED: tl.constexpr, MASK_LEFT: tl.constexpr, MOVE_BOUNDS: tl.constexpr,
     RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
 ):  # fmt: skip
     """One pass over columns [begin, end).  acc [BLOCK_M, BLOCK_DV]; row_sum, row_max, first_col, last_col [BLOCK_M].
@@ -63,9 +63,12 @@ def _attend(
                 SOFTCAP, ALIBI, k_ptr.dtype.element_ty == tl.float32,
             )  # fmt: skip
         if MASKED:
-            seen = between(
-                cols_in_tile[None, :], (first_col - start)[:, None], (last_col - start)[:, None], MASK_LEFT, True
-            )
+            if MOVE_BOUNDS:
+                seen = between(
+                    cols_in_tile[None, :], (first_col - start)[:, None], (last_col - start)[:, None], MASK_LEFT, True
+                )
+            else:
+                seen = between(cols[None, :], first_col[:, None], last_col[:, None], MASK_LEFT, True)
             s = tl.where(seen, s, float("-inf"))
         # The raw path leaves the multiplication by scale to the FMA that subtracts the maximum.
         tile_max = tl.max(s, 1) * scale if RAW_SCALE else tl.max(s, 1)
@@ -111,7 +114,7 @@ def attn_fwd_kernel(
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     NUM_XCDS: tl.constexpr, VARLEN: tl.constexpr,
-    MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
+    MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr, MOVE_BOUNDS: tl.constexpr,
     RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
 ):  # fmt: skip
     """One block of BLOCK_M queries of one head.
@@ -162,21 +165,21 @@ def attn_fwd_kernel(
             rows, first_col, last_col, shift, rows_total, cols_total, stride_qm, stride_kn, stride_vn, scale,
             softcap_log2, slope_log2, rng_ptr, batch_head, dropout_threshold,
             HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_K, VEC, WIDE,
-            True, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
+            True, MASK_LEFT, MOVE_BOUNDS, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
         )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, k_ptr, v_ptr, full_begin, full_end,
         rows, first_col, last_col, shift, rows_total, cols_total, stride_qm, stride_kn, stride_vn, scale,
         softcap_log2, slope_log2, rng_ptr, batch_head, dropout_threshold,
         HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_K, VEC, WIDE,
-        False, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
+        False, MASK_LEFT, MOVE_BOUNDS, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
     )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, k_ptr, v_ptr, full_end, end,
         rows, first_col, last_col, shift, rows_total, cols_total, stride_qm, stride_kn, stride_vn, scale,
         softcap_log2, slope_log2, rng_ptr, batch_head, dropout_threshold,
         HEADDIM, HEADDIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, BLOCK_K, VEC, WIDE,
-        True, MASK_LEFT, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
+        True, MASK_LEFT, MOVE_BOUNDS, RAW_SCALE, SOFTCAP, ALIBI, DROPOUT, TIES_UP,
     )  # fmt: skip
 
     # A row without any visible key: its accumulator may hold 0 * NaN of keys that other rows see.  A row

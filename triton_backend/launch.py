@@ -137,6 +137,11 @@ KERNELS = {
     "backward_dkdv": Launcher(attn_bwd_dkdv_kernel),
     "probs": Launcher(attn_probs_kernel),
 }
+if not INTERPRET.value:
+    # Triton's key of a function depends on whether those it calls have been asked for theirs before (seen with
+    # 3.6, not with 3.9).  Asked for in one order here, so that any process finds what another has compiled.
+    for _launcher in KERNELS.values():
+        _ = _launcher.kernel.cache_key
 
 
 def compilations() -> int:

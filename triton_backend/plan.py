@@ -120,6 +120,9 @@ def plan(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSourc
         "SOFTCAP": softcap > 0.0,
         "ALIBI": problem.alibi,
         "DROPOUT": problem.dropout_p > 0.0,
+        # What changes from tile to tile in a mask: its bounds, or (NVIDIA, whose compiler would keep a register
+        # for every column of a tile) the columns.
+        "MOVE_BOUNDS": arch.vendor != "nvidia",
         "TIES_UP": problem.dtype == torch.bfloat16 and rounds_in_software(arch),
     }
     over_keys = kernel == "backward_dkdv"

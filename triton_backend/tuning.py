@@ -1,4 +1,4 @@
-"""Autotuning: candidates compiled by several processes, measured on the GPU, the winner kept by ``tuned``.
+"""Autotuning: candidates compiled by several processes, measured, the winner kept by ``tuned``.
 
 What is measured follows from the key alone, not from the call that happens to come first, so that every
 process finds the same.
@@ -6,6 +6,7 @@ process finds the same.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import json
@@ -46,6 +47,8 @@ _JOBS_MAX = 16
 Say = Callable[[str], None]
 #: (kernel, problem, device, one source of configs for each candidate, deadline) -> seconds of each, None: not known.
 Measure = Callable[[str, AttentionProblem, torch.device, Sequence[ConfigSource], float], list[float | None]]
+#: The same for wherever it measures.
+Clock = Callable[[str, AttentionProblem, Sequence[ConfigSource], float], list[float | None]]
 Compile = Callable[[Sequence[workers.Task], int, float], list[workers.Result]]
 
 
@@ -102,6 +105,13 @@ def _tensors(kernel: str, problem: AttentionProblem, device: torch.device) -> tu
     else:
         tensors = (q, k, v, dout, lse, delta, torch.empty_like(k), torch.empty_like(v), *optional)
     return tensors, (q, k, v, dout), lse_strides
+
+
+def execute(kernel: str, problem: AttentionProblem, source: ConfigSource) -> None:
+    """Launch a kernel once on the virtual GPU in use."""
+    tensors, strided, lse_strides = _tensors(kernel, problem, torch.device("cpu"))
+    call = launch.new_call(kernel, problem, source, tensors, strided, lse_strides, None)
+    launch.KERNELS[kernel].launch_new(None, call)
 
 
 def measure(
@@ -163,16 +173,38 @@ def tune(
     compile_all: Compile = workers.compile_all,
     measure: Measure = measure,
 ) -> Outcome:
-    """Find the fastest options for a key on the GPU that is here.
+    """Find the fastest options for a key on the GPU that is here; see :func:`search`."""
+
+    def measure_here(
+        kernel: str, problem: AttentionProblem, sources: Sequence[ConfigSource], deadline: float
+    ) -> list[float | None]:
+        return measure(kernel, problem, device, sources, deadline)
+
+    found_by = Provenance("measured", note=torch.cuda.get_device_name(device))
+    return search(key, virtual_device.arch_of(device), source, budget, say, measure_here, found_by, compile_all)
+
+
+def search(
+    key: TuneKey,
+    arch: Arch,
+    source: ConfigSource | None,
+    budget: float,
+    say: Say,
+    measure: Clock,
+    found_by: Provenance,
+    compile_all: Compile = workers.compile_all,
+) -> Outcome:
+    """Find the options for a key that take the fewest seconds, as some clock has it.
 
     Args:
         source: the configs to start from, without entries that were tuned before.
         budget: seconds.
+        found_by: how and by what seconds are told; date and compiler are filled in.
 
     Raises:
         TuningError: nothing compiled, or the default could not be measured.
     """
-    start, arch, problem = time.monotonic(), virtual_device.arch_of(device), problem_of(key)
+    start, problem = time.monotonic(), problem_of(key)
     plain = ConfigSource(folder=source.folder if source else None)
     default = kernel_config(key.kernel, problem, arch, plain)
     tried = candidates(key.kernel, default, arch, key.headdim, problem.dtype.itemsize)
@@ -187,24 +219,24 @@ def tune(
         raise TuningError(f"{key}: expected candidates that compile, got none: {compiled[0] or 'no time'}")
     usable = [n for n, result in enumerate(compiled) if n == 0 or _fits(result, arch)]
     say(f"  {len(usable)} compiled and fit, {time.monotonic() - start:.0f} s")
-    seconds = measure(key.kernel, problem, device, [sources[n] for n in usable], start + budget)
+    seconds = measure(key.kernel, problem, [sources[n] for n in usable], start + budget)
     timed = {tried[n]: found for n, found in zip(usable, seconds, strict=True) if found is not None}
     if default not in timed:
         raise TuningError(f"{key}: expected to measure the default config, {default.describe()}, and could not")
-    outcome = _outcome(default, timed, torch.cuda.get_device_name(device))
+    outcome = _outcome(default, timed, found_by)
     say(
-        f"  {outcome.seconds_before * 1e3:.4f} ms -> {outcome.seconds_after * 1e3:.4f} ms, {outcome.gain:.2f}x"
-        f" with {outcome.options}, {time.monotonic() - start:.0f} s"
+        f"  {found_by.how}: {outcome.seconds_before * 1e3:.4f} ms -> {outcome.seconds_after * 1e3:.4f} ms, "
+        f"{outcome.gain:.2f}x with {outcome.options}, {time.monotonic() - start:.0f} s"
     )
     return outcome
 
 
-def _outcome(default: KernelConfig, timed: dict[KernelConfig, float], device_name: str) -> Outcome:
+def _outcome(default: KernelConfig, timed: dict[KernelConfig, float], found_by: Provenance) -> Outcome:
     best = min(timed, key=lambda entry: timed[entry])
     if timed[default] < MIN_GAIN * timed[best]:
         best = default
     today = datetime.date.today().isoformat()
-    provenance = Provenance("measured", today, f"Triton {runtime.triton_version()}", device_name)
+    provenance = dataclasses.replace(found_by, date=today, compiler=f"Triton {runtime.triton_version()}")
     return Outcome(best.options(), provenance, timed[default], timed[best])
 
 

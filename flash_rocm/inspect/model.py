@@ -124,9 +124,15 @@ def predict(launch: Any, stats: Any, flop: float, itemsize: int) -> Prediction:
     return Prediction(cycles, waves, flop, flop * per_second / max(cycles.values()) / 1e12, peak)
 
 
-def visible_scores(seqlen: int, mask: str) -> int:
-    """Elements of the score matrix of one head that a mask leaves."""
-    return seqlen * (seqlen + 1) // 2 if mask == "causal" else seqlen * seqlen
+def visible_scores(seqlen: int, left: int, right: int) -> int:
+    """Elements of the score matrix of one head of self-attention that a window leaves; -1: no limit."""
+    left, right = (seqlen - 1 if side < 0 else min(side, seqlen - 1) for side in (left, right))
+    return seqlen * (1 + left + right) - left * (left + 1) // 2 - right * (right + 1) // 2
+
+
+def flop_of(kernel: str, headdim: int, scores: int) -> float:
+    """What a kernel has to do for as many scores."""
+    return 2.0 * headdim * _PRODUCTS_OF[kernel] * scores
 
 
 def predict_cases(cases: Sequence[Case]) -> dict[Case, Prediction]:
@@ -150,13 +156,13 @@ def _predicted(case: Case) -> dict[Case, Prediction]:
     # Without the checks it runs twice as fast, and the tests are where they belong.
     from flash_rocm.virtual import Checks
 
-    scores, dtype = visible_scores(SEQLEN, case.mask), DTYPES[case.dtype]
+    scores, dtype = visible_scores(SEQLEN, -1, 0 if case.mask == "causal" else -1), DTYPES[case.dtype]
     found: dict[Case, Prediction] = {}
 
     def run(launch: Any) -> None:
         kernel = _KERNELS[launch.code.name]
         stats = launch.run(measure=True, checks=Checks.none())
-        flop = 2.0 * case.headdim * _PRODUCTS_OF[kernel] * scores
+        flop = flop_of(kernel, case.headdim, scores)
         found[dataclasses.replace(case, kernel=kernel)] = predict(launch, stats, flop, dtype.itemsize)
 
     generator = torch.Generator().manual_seed(0)

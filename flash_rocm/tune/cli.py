@@ -1,11 +1,13 @@
-"""``flash-rocm tune``: measure kernel configs on the GPU that is here, and keep the fastest."""
+"""``flash-rocm tune``: measure kernel configs on the GPU that is here, or model them, and keep the fastest."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import pathlib
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -43,20 +45,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=_seconds, default=60.0, metavar="SECONDS", help="for each key; default: %(default)s")
     add("--kernel", type=names, default=list(KERNELS), help=f"of {', '.join(KERNELS)}; default: all")
     add("--arch", metavar="ARCH", help="refuse to run on any other chip; default: whatever is here")
+    add(
+        "--model",
+        metavar="ARCH",
+        help="compare configs for this chip by the speed model of inspect, without a GPU (modelled, uncalibrated)",
+    )
+
+
+#: (key, configs to start from, seconds, what is said) -> the fastest options.
+Tune = Callable[[TuneKey, "runtime.ConfigSource | None", float, Callable[[str], None]], Outcome]
 
 
 def run(args: argparse.Namespace) -> int:
     """Tune, print old beside new, write; 1 if a key could not be tuned, 2 for wrong arguments or no GPU."""
     try:
-        device, arch = _device(args.arch)
+        arch, tune, store = _by_model(args) if args.model is not None else _on_gpu(args)
         for kernel in args.kernel:
             if kernel not in KERNELS:
                 raise shapes.ShapesError(f"--kernel: expected some of {', '.join(KERNELS)}, got {kernel!r}")
         keys = shapes.keys_of(shapes.read(args.shapes), args.kernel, arch)
-        done, failed = _tune_all(keys, device, args.budget)
+        done, failed = _tune_all(keys, tune, str(runtime.cache_dir() / store), args.budget)
         if args.write is not None:
             _write(args.write, arch.name, done)
-    except (shapes.ShapesError, ConfigError) as error:
+    except (shapes.ShapesError, ConfigError, virtual_device.VirtualDeviceError) as error:
         print(f"flash-rocm tune: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -65,10 +76,29 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _by_model(args: argparse.Namespace) -> tuple[runtime.Arch, Tune, str]:
+    """What --model tunes for, how, and where results are kept: apart, so that no call takes them for measured."""
+    if args.arch is not None:
+        raise shapes.ShapesError(f"--arch: expected none beside --model, which names the chip, got {args.arch!r}")
+    # Only this imports what inspect needs.
+    from . import model
+
+    model.check_arch(args.model)
+    arch = runtime.arch_named(args.model)
+    return arch, lambda key, *rest: model.tune(key, arch, *rest), "modelled"
+
+
+def _on_gpu(args: argparse.Namespace) -> tuple[runtime.Arch, Tune, str]:
+    """The same on the GPU that is here."""
+    device, arch = _device(args.arch)
+    tune = backends.load_tuner().tune
+    return arch, lambda key, *rest: tune(key, device, *rest), "tuning"
+
+
 def _device(wanted: str | None) -> tuple[torch.device, runtime.Arch]:
     if not torch.cuda.is_available():
         raise shapes.ShapesError(
-            "expected a GPU to measure on, found none. Hint: flash-rocm inspect compares configs without one."
+            "expected a GPU to measure on, found none. Hint: --model gfx942 compares configs without one."
         )
     device = torch.device("cuda", torch.cuda.current_device())
     arch = virtual_device.arch_of(device)
@@ -81,24 +111,23 @@ def _device(wanted: str | None) -> tuple[torch.device, runtime.Arch]:
 
 
 def _tune_all(
-    keys: list[TuneKey], device: torch.device, budget: float
+    keys: list[TuneKey], tune: Tune, folder: str, budget: float
 ) -> tuple[list[tuple[TuneKey, Outcome]], list[TuneKey]]:
-    """Outcomes of all keys, those of earlier runs read from the cache, and the keys that have none."""
-    tuner, source = backends.load_tuner(), runtime.config_source()
-    folder = str(runtime.cache_dir() / "tuning")
+    """Outcomes of all keys, those of earlier runs read from the folder, and the keys that have none."""
+    source = runtime.config_source()
     done: list[tuple[TuneKey, Outcome]] = []
     failed: list[TuneKey] = []
 
     def make(key: TuneKey) -> Outcome | None:
         try:
-            return tuner.tune(key, device, source, budget, lambda text: print(text, file=sys.stderr, flush=True))
+            return tune(key, source, budget, lambda text: print(text, file=sys.stderr, flush=True))
         except (TuningError, torch.OutOfMemoryError) as error:
             print(f"{key}: {error}", file=sys.stderr)
             return None
 
     for number, key in enumerate(keys, 1):
         known = tuned.find(folder, key) is not None
-        outcome = tuned.obtain(folder, key, lambda key=key: make(key), 2 * budget + 60.0)  # type: ignore[misc]
+        outcome = tuned.obtain(folder, key, functools.partial(make, key), 2 * budget + 60.0)
         if outcome is None:
             failed.append(key)
             print(f"[{number}/{len(keys)}] {key}: not tuned", flush=True)
@@ -107,12 +136,16 @@ def _tune_all(
         options = " ".join(f"{name}={value}" for name, value in outcome.options.items() if value)
         print(
             f"[{number}/{len(keys)}] {key}: {outcome.seconds_before * 1e3:.4f} ms -> "
-            f"{outcome.seconds_after * 1e3:.4f} ms, {outcome.gain:.2f}x"
+            f"{outcome.seconds_after * 1e3:.4f} ms{_uncalibrated(outcome)}, {outcome.gain:.2f}x"
             f"{'' if outcome.gain > 1.0 else ', the default wins'}{', from the cache' if known else ''}: {options}",
             flush=True,
         )
     print(f"{len(done)} keys in {folder}" + (f", {len(failed)} could not be tuned" if failed else ""))
     return done, failed
+
+
+def _uncalibrated(outcome: Outcome) -> str:
+    return "" if outcome.provenance.how == "measured" else " (modelled)"
 
 
 def _write(folder: pathlib.Path, arch: str, done: list[tuple[TuneKey, Outcome]]) -> None:

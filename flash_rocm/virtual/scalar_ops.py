@@ -144,9 +144,7 @@ _SOP2_64: dict[str, Callable[[Any, Any], Result]] = {
     "s_nor_b64": lambda a, b: _nonzero(~(a | b)),
     "s_xnor_b64": lambda a, b: _nonzero(~(a ^ b)),
     "s_add_nc_u64": lambda a, b: (a + b, None),
-    "s_add_u64": lambda a, b: (a + b, None),
     "s_sub_nc_u64": lambda a, b: (a - b, None),
-    "s_sub_u64": lambda a, b: (a - b, None),
     "s_mul_u64": lambda a, b: (a * b, None),
 }
 _SOP1: dict[str, Callable[[Any], Result]] = {
@@ -480,7 +478,10 @@ for _name, _pair in (
     ("andn2", lambda s, e: s & ~e),
     ("orn2", lambda s, e: s | ~e),
     ("nand", lambda s, e: ~(s & e)),
+    ("nor", lambda s, e: ~(s | e)),
+    ("xnor", lambda s, e: ~(s ^ e)),
     ("andn1", lambda s, e: ~s & e),
+    ("orn1", lambda s, e: ~s | e),
 ):
     FACTORIES[f"s_{_name}_saveexec_b64"] = _saveexec(_pair, True)
     FACTORIES[f"s_{_name}_saveexec_b32"] = _saveexec(_pair, False)
