@@ -10,7 +10,8 @@ from flash_rocm.api import (
     flash_attn_varlen_qkvpacked_func,
 )
 from flash_rocm.backends import BackendError
-from flash_rocm.runtime import use_backend, virtual_gpu
+from flash_rocm.runtime import use_backend
+from flash_rocm.virtual_device import virtual_gpu
 
 __version__ = "0.1.0"
 

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from flash_rocm import backends, ops, runtime, validation
+from flash_rocm import backends, ops, runtime, validation, virtual_device
 from flash_rocm.problem import AttentionInputs, Layout, default_softmax_scale
 
 AttentionResult = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -334,7 +334,7 @@ def explain(
         AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, None, block_table), (*scalars, "")
     )
     return backends.explain_problem(
-        problem, runtime.arch_of(q.device) if arch is None else arch, runtime.requested_backend()
+        problem, virtual_device.arch_of(q.device) if arch is None else arch, runtime.requested_backend()
     )
 
 
@@ -392,7 +392,7 @@ def _attend(
         bool(deterministic),
         _needs_grad(q, k, v),
         # Eager calls pin their choice for the backward; graphs leave the environment to run time.
-        runtime.override() if traced else runtime.request_on(q.device),
+        runtime.override() if traced else virtual_device.request_on(q.device),
     )
     out, softmax_lse = ops.attention_forward(args, layout)
     if not return_attn_probs:

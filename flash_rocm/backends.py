@@ -244,6 +244,9 @@ class Planner(Protocol):
     def tune_key(self, kernel: str, problem: AttentionProblem, arch: Arch) -> TuneKey:
         """Return where a tuned entry for a kernel of this problem is kept."""
 
+    def block_d(self, headdim: int) -> int:
+        """Return the size a head dim is padded to inside a kernel."""
+
     def describe_configs(self, problem: AttentionProblem, arch: Arch) -> list[str]:
         """Return one line per kernel for ``explain``."""
 

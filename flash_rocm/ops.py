@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from flash_rocm import backends, runtime
+from flash_rocm import backends, runtime, virtual_device
 from flash_rocm.problem import (
     AttentionInputs,
     AttentionProblem,
@@ -83,10 +83,10 @@ class _Decision(NamedTuple):
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function of the back end, on the virtual GPU if the call is pinned to one."""
-        active = runtime.virtual_device() if self.virtual else None
+        active = virtual_device.active() if self.virtual else None
         if not self.virtual or (active is not None and active.arch == self.virtual):
             return function(self.problem, *args)
-        with runtime.virtual_gpu(self.virtual):
+        with virtual_device.virtual_gpu(self.virtual):
             return function(self.problem, *args)
 
 
@@ -100,15 +100,15 @@ def _decide(args: tuple[Any, ...], layout: Layout) -> _Decision:
     """The problem and its back end, for operator arguments in schema order."""
     cu_seqlens_q, alibi_slopes, block_table = args[3], args[5], args[7]
     scalars = args[_NUM_TENSORS:]
-    request = scalars[-1] or runtime.request_on(args[0].device)
+    request = scalars[-1] or virtual_device.request_on(args[0].device)
     batch = cu_seqlens_q is None or cu_seqlens_q.shape
     key = (layout, scalars, request, batch, alibi_slopes is None, block_table is None)
     found = _decided.get(key)
     if found is None:
         q, k = args[0], args[1]
         problem = problem_of(AttentionInputs(*args[:_NUM_TENSORS]), scalars)
-        requested, _, virtual = request.partition("@")
-        arch = runtime.arch_named(virtual) if virtual else runtime.arch_of(q.device)
+        requested, virtual = virtual_device.Request.parse(request)
+        arch = runtime.arch_named(virtual) if virtual else virtual_device.arch_of(q.device)
         name = backends.select(problem, arch, requested)
         runtime.warn_of_unused_variables()
         runtime.log_once(f"back end {name} for {problem.dtype} on {virtual or q.device.type}")

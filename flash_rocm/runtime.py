@@ -16,8 +16,8 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -100,6 +100,11 @@ def use_backend(name: str) -> Iterator[None]:
         _override = before
 
 
+def environment_virtual_gpu() -> str:
+    """``FLASH_ROCM_VIRTUAL_GPU``: the arch that CPU tensors run on as machine code, "" if unset."""
+    return os.fsdecode(_variables.get(b"FLASH_ROCM_VIRTUAL_GPU") or b"")
+
+
 class ConfigSource(NamedTuple):
     """What the user's variables say of kernel configs, unread; None where a variable is not set."""
 
@@ -108,95 +113,6 @@ class ConfigSource(NamedTuple):
     forward: str | None = None  # FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON, inline JSON
     tuned: str | None = None  # folder of tuned entries, where FLASH_ROCM_CACHE_DIR or autotuning is set
     tune: bool = False  # FLASH_ROCM_AUTOTUNE: tune what has no entry there
-
-
-#: What the virtual GPU can be.
-VIRTUAL_ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1200", "gfx1201")
-
-
-class VirtualDeviceError(ValueError):
-    """There is no such virtual GPU, or what executes it is not installed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class VirtualDevice:
-    """A virtual AMD GPU that CPU tensors run on; what its fields mean, :func:`virtual_gpu` says."""
-
-    arch: str
-    order: str = "lockstep"
-    on_launch: Callable[[Any], Any] | None = None
-
-
-_virtual_override: VirtualDevice | None = None
-
-
-def virtual_device() -> VirtualDevice | None:
-    """The virtual GPU in use: that of :func:`virtual_gpu` if inside one, else of ``FLASH_ROCM_VIRTUAL_GPU``.
-
-    Raises:
-        VirtualDeviceError: the variable names no chip that there is, or what executes it is not installed.
-    """
-    if _virtual_override is not None:
-        return _virtual_override
-    raw = _variables.get(b"FLASH_ROCM_VIRTUAL_GPU")
-    return _environment_device(os.fsdecode(raw)) if raw else None
-
-
-@functools.cache
-def _environment_device(arch: str) -> VirtualDevice:
-    check_virtual(arch, "FLASH_ROCM_VIRTUAL_GPU")
-    return VirtualDevice(arch)
-
-
-def check_virtual(arch: str, argument: str) -> None:
-    """Raise VirtualDeviceError if there is no virtual GPU of this arch; ``argument`` is the name that asked for it."""
-    if arch not in VIRTUAL_ARCHS:
-        raise VirtualDeviceError(f"{argument}: expected one of {', '.join(VIRTUAL_ARCHS)}, got {arch!r}.")
-    missing = [name for name in ("triton", "numpy", "elftools", "msgpack") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise VirtualDeviceError(
-            f"{argument}: expected the packages that execute {arch} code, {', '.join(missing)} not found. "
-            'Hint: pip install "flash_rocm[virtual]" triton'
-        )
-    if triton_interpret():
-        raise VirtualDeviceError(
-            f"{argument}: expected TRITON_INTERPRET to be unset, which replaces the compiler; it is set."
-        )
-    warn_once(f"attention on CPU tensors runs as {arch} machine code on the virtual GPU: a check of the code, and slow")
-
-
-@contextlib.contextmanager
-def virtual_gpu(arch: str, *, order: str = "lockstep", on_launch: Callable[[Any], Any] | None = None) -> Iterator[None]:
-    """Run the attention calls that are made inside, on CPU tensors, as machine code of an AMD GPU.
-
-    The kernels are compiled for the chip and executed instruction by instruction: a check of the code,
-    thousands of times slower than a GPU.  Process-wide, like the variable ``FLASH_ROCM_VIRTUAL_GPU`` that it
-    overrides.  The backward of a call made inside runs there too.
-
-    Args:
-        arch: ``gfx90a``, ``gfx942``, ``gfx950``, ``gfx1100``, ``gfx1200`` or ``gfx1201``.
-        order: how waves take turns between barriers: ``lockstep``, ``forward``, ``reverse`` or
-            ``shuffled:SEED``.  A missing barrier shows in some of them only.
-        on_launch: called with each :class:`flash_rocm.virtual.Launch` instead of its ``run()``, which it has to
-            call, with a trace or breakpoints for example.
-
-    Raises:
-        VirtualDeviceError: another arch, or a package is missing that this needs (the text says which).
-    """
-    global _virtual_override
-    check_virtual(arch, "arch")
-    before, _virtual_override = _virtual_override, VirtualDevice(arch, order, on_launch)
-    try:
-        yield
-    finally:
-        _virtual_override = before
-
-
-def request_on(device: torch.device) -> str:
-    """:func:`requested_backend`, with the virtual GPU that CPU tensors run on: "auto@gfx942"."""
-    if device.type == "cpu" and (virtual := virtual_device()):
-        return f"{requested_backend()}@{virtual.arch}"
-    return requested_backend()
 
 
 def config_source() -> ConfigSource | None:
@@ -458,19 +374,9 @@ def arch_named(name: str, num_cus: int | None = None) -> Arch:
 
 
 @functools.cache
-def _gpu_arch(index: int) -> Arch:
+def gpu_arch(index: int) -> Arch:
+    """Describe the GPU of this index; on a ROCm build of torch it is one of AMD."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         return amd_arch(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
     return nvidia_arch((properties.major, properties.minor), properties.multi_processor_count)
-
-
-def arch_of(device: torch.device) -> Arch:
-    """The architecture of a device; "cuda" devices are AMD GPUs on a ROCm build of torch.
-
-    The CPU is the virtual GPU where one is in use.
-    """
-    if device.type != "cuda":
-        virtual = virtual_device() if device.type == "cpu" else None
-        return arch_named(virtual.arch) if virtual else CPU
-    return _gpu_arch(device.index if device.index is not None else torch.cuda.current_device())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flash_rocm import runtime
+from flash_rocm import virtual_device
 from flash_rocm.problem import AttentionProblem
 from flash_rocm.runtime import Arch, arch_named
 from flash_rocm.testing import make_inputs
@@ -30,7 +30,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Recorded]:
 
     def start(arch: str) -> Recorded:
         recorded: Recorded = []
-        monkeypatch.setattr(runtime, "arch_of", lambda device: arch_named(arch))
+        monkeypatch.setattr(virtual_device, "arch_of", lambda device: arch_named(arch))
         monkeypatch.setattr(
             launch.Launcher, "launch_new", lambda self, key, call: recorded.append((names[id(self)], call))
         )

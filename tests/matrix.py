@@ -22,6 +22,7 @@ from flash_rocm import ops
 from flash_rocm.backends import CAPABILITIES
 from flash_rocm.problem import FEATURES, AttentionProblem, layout_of
 from flash_rocm.testing import assert_attention_close, make_inputs, make_problem
+from flash_rocm.virtual_device import Request
 
 #: Features that the matrix combines.  Dense/varlen and forward/backward are dimensions of their own;
 #: paged K/V is tested with the KV cache; dlse is a gradient through softmax_lse.
@@ -59,8 +60,7 @@ class Case:
     @property
     def request(self) -> str:
         """What the operator is asked for: the back end and, if so, the virtual GPU that it runs on."""
-        virtual = self.target.partition(":")[2]
-        return f"{self.backend}@{virtual}" if virtual else self.backend
+        return str(Request(self.backend, virtual=self.target.partition(":")[2]))
 
     def __str__(self) -> str:
         p = self.problem

@@ -14,7 +14,7 @@ import torch
 from compile_keys import Recorded, disk_key, launch, launch_all, offline, record, triton  # noqa: F401, a fixture
 from flash_rocm._triton import prebuilt, workers
 
-from flash_rocm import build, cli, runtime
+from flash_rocm import build, cli, runtime, virtual_device
 from flash_rocm.inspect.report import Case
 from flash_rocm.runtime import arch_named
 from flash_rocm.testing import make_problem
@@ -190,7 +190,7 @@ print("done")
 @pytest.mark.gpu
 def test_a_process_without_compiler_runs_what_was_built(tmp_path: pathlib.Path) -> None:
     """Built in one process; run in another whose compiler raises, with no C compiler and Triton's cache empty."""
-    arch = runtime.arch_of(torch.device("cuda")).name
+    arch = virtual_device.arch_of(torch.device("cuda")).name
     options = f"--triton --arch {arch} --dtype fp16 --headdim 64 --mask causal --layout dense".split()
     command = [sys.executable, "-m", "flash_rocm.cli", "build", *options]
     environment = runtime.subprocess_environment(FLASH_ROCM_CACHE_DIR=str(tmp_path / "cache"))

@@ -38,6 +38,7 @@ from matrix import scalars_of
 import flash_rocm
 from flash_rocm.problem import AttentionInputs
 from flash_rocm.testing import Case, assert_attention_close, make_inputs, make_problem
+from flash_rocm.virtual_device import Request
 
 # --------------------------------------------------------------------------------------------------
 # Dispatch
@@ -409,3 +410,9 @@ class TestStreams:
                 assert out.device == torch.device("cuda:1")
                 assert_equal(out.cpu(), expected.cpu())
                 assert_equal(tuple(x.cpu() for x in grads), tuple(x.cpu() for x in expected_grads))
+
+
+@pytest.mark.parametrize("request_", [Request("auto"), Request("triton", "gfx942")], ids=str)
+def test_a_request_survives_the_schema(request_: Request) -> None:
+    """Operators take it as a string."""
+    assert Request.parse(str(request_)) == request_

@@ -78,6 +78,17 @@ def test_violations(report_: Report, text: str) -> None:
     assert line == f"gfx942 forward bf16 128 causal (gfx942.json triton[0]): {text}"
 
 
+def test_limits_of_one_compiler_can_be_left_out() -> None:
+    """R and waves follow from what one version of the compiler makes of an entry; spills and LDS count with any."""
+    slow = made(Limits(waves_per_simd=3, R=0.85), resources={"vgpr_spills": 3}, loop_scratch=1)
+    texts = [[line.split("): ")[1] for line in judge.violations([slow], check)] for check in judge.CHECKS]
+    assert texts[1] == [
+        "3 VGPR spills, expected at most 0",
+        "1 scratch instructions in loops, expected at most 0",
+    ]
+    assert texts[0] == [*texts[1], "2 waves per SIMD, expected at least 3", "R 0.9000, expected at most 0.85"]
+
+
 def test_more_lds_than_the_chip_has() -> None:
     large = dataclasses.replace(made(), resources=Resources(128, lds_bytes=65537), waves_per_simd=0)
     assert [x.split("): ")[1] for x in judge.violations([large])] == ["65537 bytes of LDS, expected at most 65536"]
@@ -269,6 +280,7 @@ WRONG = {
     "headdim": (["--arch", "gfx942", "--headdim", "1024"], "headdim: expected 1 to 512, got 1024"),
     "headdims": (["--arch", "gfx942", "--headdim", "a"], "--headdim: expected numbers with commas between, got 'a'"),
     "jobs": (["--arch", "gfx942", "--jobs", "0"], "--jobs: expected a number >= 1, got '0'"),
+    "check": (["--arch", "gfx942", "--check", "R"], "--check: invalid choice: 'R'"),
     "diff": (["--arch", "gfx942", "--diff", "/no.json"], "/no.json: expected a readable file"),
     "object": (["--arch", "gfx942", "--object", "/no.co"], "--object: expected a file, got '/no.co'"),
     "archs": (

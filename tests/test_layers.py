@@ -16,7 +16,7 @@ BACKENDS = ("flash_rocm._triton", "flash_rocm._ck", "flash_rocm.reference")
 LEAVES = frozenset(
     f"flash_rocm.{name}"
     for name in (
-        *("problem", "runtime", "config", "config_schema", "validation", "files", "timing", "tuned"),
+        *("problem", "runtime", "virtual_device", "config", "config_schema", "validation", "files", "timing", "tuned"),
         *("amdgpu.assembly", "amdgpu.chips"),
     )
 )

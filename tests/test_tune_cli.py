@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from flash_rocm import backends, cli, config, runtime, tuned
+from flash_rocm import backends, cli, config, runtime, tuned, virtual_device
 from flash_rocm.config_schema import Facts, Provenance
 from flash_rocm.runtime import arch_named
 from flash_rocm.tune import shapes, write
@@ -37,7 +37,7 @@ def gfx942(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> list[Tune
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(runtime, "arch_of", lambda device: arch_named("gfx942"))
+    monkeypatch.setattr(virtual_device, "arch_of", lambda device: arch_named("gfx942"))
     monkeypatch.setattr(backends, "_installation_reasons", lambda name: [])
     monkeypatch.setattr(backends, "load_tuner", lambda: SimpleNamespace(tune=tune))
     monkeypatch.setenv("FLASH_ROCM_CACHE_DIR", str(tmp_path / "cache"))

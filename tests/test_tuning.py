@@ -18,7 +18,7 @@ import torch
 from compile_keys import disk_key, launch, offline
 from flash_rocm._triton import candidates, plan, tuning, workers
 
-from flash_rocm import ops, runtime, tuned
+from flash_rocm import ops, runtime, tuned, virtual_device
 from flash_rocm.config_schema import KernelConfig
 from flash_rocm.problem import AttentionProblem, layout_of
 from flash_rocm.runtime import ConfigSource, arch_named
@@ -37,7 +37,7 @@ def gfx942(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned.find.cache_clear()
     runtime.log_once.cache_clear()
     monkeypatch.setattr(tuning, "_tried", set())
-    monkeypatch.setattr(runtime, "arch_of", lambda device: arch_named("gfx942"))
+    monkeypatch.setattr(virtual_device, "arch_of", lambda device: arch_named("gfx942"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a made-up GPU")
@@ -203,7 +203,7 @@ def test_what_is_measured_is_what_was_compiled(
     arch: str, kernel: str, varlen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The compiler processes fill Triton's cache with just the kernels that the launches look for."""
-    monkeypatch.setattr(runtime, "arch_of", lambda device: arch_named(arch))
+    monkeypatch.setattr(virtual_device, "arch_of", lambda device: arch_named(arch))
     monkeypatch.setattr(tuning, "_ELEMENTS", 16 * 64 * 256)
     key = TuneKey(arch, kernel, "bfloat16", 64, "window", 128, 4, varlen)
     problem = tuning.problem_of(key)
@@ -346,10 +346,10 @@ def test_tunes_on_the_gpu(kernel: str, tmp_path: pathlib.Path, monkeypatch: pyte
     state = torch.cuda.get_rng_state()
     assert tuning.tune_at_first_use(kernel, problem, CUDA, source)
     assert torch.equal(torch.cuda.get_rng_state(), state), "tuning may not change what the caller draws next"
-    key = plan.tune_key(kernel, problem, runtime.arch_of(CUDA))
+    key = plan.tune_key(kernel, problem, virtual_device.arch_of(CUDA))
     outcome = tuned.read(tuned.path_of(source.tuned, key), key)
     assert outcome is not None and outcome.gain >= 1.0
-    found = plan.kernel_config(kernel, problem, runtime.arch_of(CUDA), source)
+    found = plan.kernel_config(kernel, problem, virtual_device.arch_of(CUDA), source)
     assert found.options() == outcome.options and found.source.startswith("tuned, ")
 
 

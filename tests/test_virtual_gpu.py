@@ -21,7 +21,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 import flash_rocm
-from flash_rocm import cli, runtime
+from flash_rocm import cli, runtime, virtual_device
 from flash_rocm.testing import assert_attention_close, make_inputs, make_problem
 from flash_rocm.virtual import Launch, LaunchStats
 
@@ -55,7 +55,7 @@ def test_variable_takes_calls_to_the_chip(
 ) -> None:
     q, k, v = inputs()
     monkeypatch.setenv("FLASH_ROCM_VIRTUAL_GPU", "gfx942")
-    assert runtime.arch_of(q.device) == runtime.arch_named("gfx942")
+    assert virtual_device.arch_of(q.device) == runtime.arch_named("gfx942")
     found = str(flash_rocm.explain(q, k, v, causal=True))
     assert "gfx942.json triton" in found
     assert cli.main(["info"]) == 0

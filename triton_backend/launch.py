@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from flash_rocm import runtime
+from flash_rocm import runtime, virtual_device
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.problem import AttentionInputs, AttentionProblem, layout_of, lse_shape
 from flash_rocm.runtime import ConfigSource
@@ -103,7 +103,7 @@ class Launcher:
         current, programs, tensors = call.plan, call.programs, call.tensors
         tail = self.tail_of(call)
         device = tensors[0].device  # type: ignore[union-attr]
-        if device.type == "cpu" and runtime.virtual_device() is not None:
+        if device.type == "cpu" and virtual_device.active() is not None:
             names = self.kernel.arg_names[len(tensors) + len(call.lse_strides) :]
             constants = dict(zip(names, tail, strict=True))
             virtual.launch(self.kernel, current, programs, tensors, (*call.lse_strides, *call.scalars), constants)
@@ -180,7 +180,7 @@ def new_call(
         strided: of these, the ones whose strides it takes: q, k and, where it reads them, v and dout.
     """
     q = strided[0]
-    current = plan(kernel, problem, runtime.arch_of(q.device), configs)
+    current = plan(kernel, problem, virtual_device.arch_of(q.device), configs)
     strides = tuple(_strides(x) for x in strided)
     is_backward = kernel.startswith("backward")
     row = max(problem.headdim if is_backward else 0, problem.headdim_v if kernel != "probs" else 0)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from flash_rocm import config, runtime, timing, tuned
+from flash_rocm import config, runtime, timing, tuned, virtual_device
 from flash_rocm.amdgpu.chips import CHIPS, NVIDIA_SHARED
 from flash_rocm.config_schema import KernelConfig, Provenance
 from flash_rocm.problem import AttentionProblem, default_softmax_scale
@@ -181,7 +181,7 @@ def tune(
         return measure(kernel, problem, device, sources, deadline)
 
     found_by = Provenance("measured", note=torch.cuda.get_device_name(device))
-    return search(key, runtime.arch_of(device), source, budget, say, measure_here, found_by, compile_all)
+    return search(key, virtual_device.arch_of(device), source, budget, say, measure_here, found_by, compile_all)
 
 
 def search(
@@ -263,7 +263,7 @@ def tune_at_first_use(kernel: str, problem: AttentionProblem, device: torch.devi
         if torch.cuda.is_current_stream_capturing():
             runtime.log_once("tuning: not during graph capture, using the default config", logging.WARNING)
             return False
-    key = tune_key(kernel, problem, runtime.arch_of(device))
+    key = tune_key(kernel, problem, virtual_device.arch_of(device))
     with _one_at_a_time:
         if (source.tuned, key) in _tried or tuned.find(source.tuned, key) is not None:
             return True

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flash_rocm import runtime
+from flash_rocm import runtime, virtual_device
 
 from .compile import BUFFER_BYTES, Pointer, compile_for
 from .plan import Plan
@@ -56,7 +56,7 @@ def launch(
     """
     from flash_rocm.virtual import Launch, VirtualGpu, load_code_object
 
-    device = runtime.virtual_device()
+    device = virtual_device.active()
     if device is None:
         raise RuntimeError("q: expected a tensor on a GPU, or a virtual GPU in use, got a CPU tensor and none.")
     arch = runtime.arch_named(device.arch)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import flash_rocm
-from flash_rocm import runtime
+from flash_rocm import runtime, virtual_device
 
 #: Distributions whose version matters, with the names they go by.
 _DISTRIBUTIONS = {
@@ -23,7 +23,7 @@ _DISTRIBUTIONS = {
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Versions, device, date and the back end asked for; JSON values only."""
-    arch = runtime.arch_of(device)
+    arch = virtual_device.arch_of(device)
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "flash_rocm": flash_rocm.__version__,

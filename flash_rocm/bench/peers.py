@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flash_rocm
-from flash_rocm import backends, runtime
+from flash_rocm import backends, runtime, virtual_device
 from flash_rocm.bench.prepared import Attention, Prepared
 from flash_rocm.bench.shapes import Data, Shape
 from flash_rocm.timing import describe_error
@@ -71,7 +71,7 @@ class FlashRocm(Peer):
     def available_reason(self, device: torch.device) -> str | None:
         if self.backend is None:
             return None
-        return "; ".join(backends.availability_reasons(self.backend, runtime.arch_of(device))) or None
+        return "; ".join(backends.availability_reasons(self.backend, virtual_device.arch_of(device))) or None
 
     def explanation(self, shape: Shape, device: torch.device, training: bool) -> backends.Explanation:
         q = torch.empty(
@@ -81,7 +81,7 @@ class FlashRocm(Peer):
             requires_grad=training,
         )
         with self.session():
-            return flash_rocm.explain(q, q, q, causal=shape.causal, arch=runtime.arch_of(device))
+            return flash_rocm.explain(q, q, q, causal=shape.causal, arch=virtual_device.arch_of(device))
 
     def shape_reason(self, shape: Shape, device: torch.device, training: bool) -> str | None:
         answer = self.explanation(shape, device, training)

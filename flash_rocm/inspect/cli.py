@@ -7,12 +7,12 @@ import os
 import pathlib
 import sys
 
-from flash_rocm import runtime
+from flash_rocm import runtime, virtual_device
 from flash_rocm.config_schema import KERNELS, ConfigError
 
 from .batch import inspect_cases
 from .counts import InspectError
-from .judge import differences, violations
+from .judge import CHECKS, differences, violations
 from .kernels import AMD_ARCHS, DTYPES, HEADDIMS, MASKS, NVIDIA_ARCHS, SHIPPED_KERNELS, check_case
 from .objects import inspect_object
 from .report import Case, Report
@@ -74,7 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=("table", "json"), default="table", help="default: %(default)s")
     add("--output", type=pathlib.Path, metavar="FILE", help="write there instead of to the terminal")
     add("--diff", type=pathlib.Path, metavar="OLD.json", help="print what changed since a run with --format json")
-    add("--check", action="store_true", help="exit with 1 if a kernel breaks the limits of its config entry")
+    add(
+        "--check",
+        nargs="?",
+        const=CHECKS[0],
+        choices=CHECKS,
+        help="exit with 1 if a kernel breaks the limits of its config entry; spills: only those on spilled registers, "
+        "scratch in loops and LDS, for another compiler than the one that R and waves per SIMD were declared for",
+    )
     add(
         "--model",
         action="store_true",
@@ -93,13 +100,13 @@ def run(args: argparse.Namespace) -> int:
         if args.model:
             text += f"\n\n{_model(args, reports)}"
         _write(text, args.output)
-    except (InspectError, ConfigError, runtime.VirtualDeviceError) as error:
+    except (InspectError, ConfigError, virtual_device.VirtualDeviceError) as error:
         print(f"flash-rocm inspect: {error}", file=sys.stderr)
         return 2
     if old is not None:
         lines = list(differences(old, reports))
         print("\n".join(lines) or "no difference", file=sys.stderr if args.format == "json" else sys.stdout)
-    broken = [f"check: {line}" for line in violations(reports)] if args.check else []
+    broken = [f"check: {line}" for line in violations(reports, args.check)] if args.check else []
     for line in (*failures, *broken):
         print(line, file=sys.stderr)
     return 1 if failures or broken else 0

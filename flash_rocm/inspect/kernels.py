@@ -121,7 +121,8 @@ def problem_of(case: Case) -> AttentionProblem:
 def compiled_report(case: Case, source: ConfigSource | None) -> Report:
     """Compile, count, and keep the result."""
     arch, problem = runtime.arch_named(case.arch), problem_of(case)
-    entry = backends.load_planner().kernel_config(case.kernel, problem, arch, source)
+    planner = backends.load_planner()
+    entry = planner.kernel_config(case.kernel, problem, arch, source)
     try:
         text, lds_bytes = backends.load_offline().listing(case.kernel, problem, arch, source)
     except ImportError as error:
@@ -139,8 +140,7 @@ def compiled_report(case: Case, source: ConfigSource | None) -> Report:
         report = Report(case, ptxas_resources(text, lds_bytes), **facts)  # type: ignore[arg-type]
     else:
         per_score = (10 if case.kernel.startswith("backward") else 4) * case.headdim
-        padded = 1 << (case.headdim - 1).bit_length()
-        chunks = max(padded // entry.BLOCK_K, 1) if entry.BLOCK_K else 1
+        chunks = max(planner.block_d(case.headdim) // entry.BLOCK_K, 1) if entry.BLOCK_K else 1
         scores = entry.BLOCK_M * entry.BLOCK_N / entry.num_warps
         try:
             report = amd_report(

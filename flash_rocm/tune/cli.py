@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from flash_rocm import backends, runtime, tuned
+from flash_rocm import backends, runtime, tuned, virtual_device
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.inspect.cli import names
 from flash_rocm.tuned import Outcome, TuneKey, TuningError
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         done, failed = _tune_all(keys, tune, str(runtime.cache_dir() / store), args.budget)
         if args.write is not None:
             _write(args.write, arch.name, done)
-    except (shapes.ShapesError, ConfigError, runtime.VirtualDeviceError) as error:
+    except (shapes.ShapesError, ConfigError, virtual_device.VirtualDeviceError) as error:
         print(f"flash-rocm tune: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -101,7 +101,7 @@ def _device(wanted: str | None) -> tuple[torch.device, runtime.Arch]:
             "expected a GPU to measure on, found none. Hint: --model gfx942 compares configs without one."
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    arch = runtime.arch_of(device)
+    arch = virtual_device.arch_of(device)
     if wanted not in (None, arch.name):
         raise shapes.ShapesError(f"--arch: expected {arch.name}, the GPU that is here, got {wanted!r}")
     reasons = backends.availability_reasons("triton", arch)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flash_rocm import backends, runtime
+from flash_rocm import backends, virtual_device
 from flash_rocm.amdgpu.chips import PRODUCTS
 from flash_rocm.bench.progress import Progress
 from flash_rocm.config_schema import Provenance
@@ -30,8 +30,8 @@ Predict = Callable[[str, AttentionProblem, Arch, ConfigSource], float]
 def check_arch(arch: str) -> None:
     """Raise VirtualDeviceError for a chip that cannot be executed here, or that the model does not know."""
     if arch not in PRODUCTS:
-        raise runtime.VirtualDeviceError(f"--model: expected one of {', '.join(PRODUCTS)}, got {arch!r}")
-    runtime.check_virtual(arch, "--model")
+        raise virtual_device.VirtualDeviceError(f"--model: expected one of {', '.join(PRODUCTS)}, got {arch!r}")
+    virtual_device.check(arch, "--model")
 
 
 def shortened(problem: AttentionProblem) -> AttentionProblem:
@@ -71,7 +71,7 @@ def predicted_seconds(kernel: str, problem: AttentionProblem, arch: Arch, source
         stats = launch.run(measure=True, checks=Checks.none())
         found.append(model.predict(launch, stats, _flop(kernel, short), problem.dtype.itemsize))
 
-    with runtime.virtual_gpu(arch.name, on_launch=run):
+    with virtual_device.virtual_gpu(arch.name, on_launch=run):
         backends.load_tuner().execute(kernel, short, source)
     return _flop(kernel, problem) / found[0].tflops / 1e12
 
