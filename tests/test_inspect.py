@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -15,7 +17,7 @@ from foreign import NO_AITER, aiter_root
 from flash_rocm import backends, cli, config, runtime
 from flash_rocm.amdgpu.assembly import parse_amdgcn
 from flash_rocm.config_schema import ConfigError, Limits
-from flash_rocm.inspect import InspectError, counts, inspect_problem, judge, objects, tables
+from flash_rocm.inspect import InspectError, counts, inspect_problem, judge, kernels, objects, tables
 from flash_rocm.inspect.counts import Mix
 from flash_rocm.inspect.report import Case, LoopReport, Report, Resources
 
@@ -196,6 +198,30 @@ def test_a_cache_that_cannot_be_written(tmp_path: pathlib.Path, monkeypatch: pyt
     monkeypatch.setenv("FLASH_ROCM_CACHE_DIR", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="FLASH_ROCM_CACHE_DIR: .* expected a folder to write to"):
         inspect_problem("gfx942", "probs", *BF16_D128)
+
+
+def test_a_full_disk_keeps_no_part_of_a_report(cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(UserWarning, match="expected a folder to write to, nothing kept: .*No space left"):
+        kernels._store(cache / "report.json", made())
+    assert not list(cache.iterdir())
+
+
+def test_a_report_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = made()
+    kernels._store(kernels._cache_path(report.case, None), report)
+    assert kernels.cached_report(report.case, None) is not None
+
+    def refuse(*args: Any, **kwargs: Any) -> str:
+        raise PermissionError(errno.EACCES, "denied")  # root may read everything
+
+    config.arch_configs("gfx942")  # read before reading is refused
+    monkeypatch.setattr(pathlib.Path, "read_text", refuse)
+    with pytest.warns(UserWarning, match="expected a report of inspect, compiling again: .*denied"):
+        assert kernels.cached_report(report.case, None) is None
 
 
 def test_nvidia_registers() -> None:
