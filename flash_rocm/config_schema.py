@@ -33,7 +33,7 @@ RANGES = ("headdim", "seqlen")
 FLAGS = ("causal", "masked", "varlen")
 MATCH_KEYS = ("dtype", *RANGES, *FLAGS)
 #: Smallest value of each limit; "R" may have a fraction.
-LIMITS = {"vgpr_spills": 0, "loop_scratch": 0, "waves_per_simd": 1, "R": 0}
+LIMITS = {"vgpr_spills": 0, "loop_scratch": 0, "waves_per_simd": 1, "R": 0, "oldest_spills": 0}
 HOW = ("measured", "model", "static model", "inherited", "first choice")
 PROVENANCE_KEYS = ("how", "date", "compiler", "note")
 ENTRY_KEYS = ("kernel", "match", "options", "limits", "provenance")
@@ -91,6 +91,7 @@ class Limits:
     loop_scratch: int = 0  # scratch instructions inside loops
     waves_per_simd: int = 1  # at least
     R: float | None = None  # at most, in the loop over full blocks
+    oldest_spills: int = 0  # vgpr_spills and loop_scratch with the oldest Triton, which no other limit is for
 
 
 @dataclasses.dataclass(frozen=True)

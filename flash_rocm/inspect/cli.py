@@ -79,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=CHECKS[0],
         choices=CHECKS,
-        help="exit with 1 if a kernel breaks the limits of its config entry; spills: only those on spilled registers, "
-        "scratch in loops and LDS, for another compiler than the one that R and waves per SIMD were declared for",
+        help="exit with 1 if a kernel breaks the limits of its config entry; oldest: only what it may spill with the "
+        "oldest Triton, since R and waves per SIMD were declared for a newer one",
     )
     add(
         "--model",

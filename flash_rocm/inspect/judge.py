@@ -2,50 +2,44 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 from flash_rocm.amdgpu.chips import CHIPS, NVIDIA_SHARED
+from flash_rocm.config_schema import Limits
 
 from .report import Report
 
-#: What may be checked: all limits, or only those that hold for every compiler.
-CHECKS = ("all", "spills")
+#: What may be checked: the limits of an entry, or what it may spill with the oldest Triton.
+CHECKS = ("all", "oldest")
 
 
 def violations(reports: Sequence[Report], check: str = "all") -> Iterator[str]:
     """One line for each limit that a kernel does not keep.
 
     Args:
-        check: "all", or "spills" for spilled registers, scratch in loops and LDS alone: waves per SIMD and R
-            were declared for what one version of the compiler makes of an entry.
+        check: "all", or "oldest" for spills and LDS alone: waves per SIMD and R follow from what one version of
+            the compiler makes of an entry.
     """
     for report in reports:
-        for text in (*_spills(report), *(_speed(report) if check == "all" else ())):
+        limits = report.limits
+        if check == "oldest":
+            limits = Limits(vgpr_spills=limits.oldest_spills, loop_scratch=limits.oldest_spills)
+        for text in _violations(report, limits):
             yield f"{report.case} ({report.config}): {text}"
 
 
-def _lds_limit(report: Report) -> float:
-    """Bytes of LDS a workgroup of the chip may have."""
-    arch = report.case.arch
-    return CHIPS[arch].lds_per_workgroup if arch in CHIPS else NVIDIA_SHARED.get(arch, math.inf)
-
-
-def _spills(report: Report) -> Iterator[str]:
-    limits, resources = report.limits, report.resources
+def _violations(report: Report, limits: Limits) -> Iterator[str]:
+    resources = report.resources
     if resources.vgpr_spills > limits.vgpr_spills:
         yield f"{resources.vgpr_spills} VGPR spills, expected at most {limits.vgpr_spills}"
     if report.loop_scratch > limits.loop_scratch:
         yield f"{report.loop_scratch} scratch instructions in loops, expected at most {limits.loop_scratch}"
-    if resources.lds_bytes > _lds_limit(report):
-        yield f"{resources.lds_bytes} bytes of LDS, expected at most {_lds_limit(report)}"
-
-
-def _speed(report: Report) -> Iterator[str]:
-    limits, waves = report.limits, report.waves_per_simd
-    fits = report.resources.lds_bytes <= _lds_limit(report)  # else that has been said
-    if fits and waves is not None and waves < limits.waves_per_simd:
-        yield f"{waves} waves per SIMD, expected at least {limits.waves_per_simd}"
+    arch = report.case.arch
+    lds = CHIPS[arch].lds_per_workgroup if arch in CHIPS else NVIDIA_SHARED.get(arch)
+    if lds is not None and resources.lds_bytes > lds:
+        yield f"{resources.lds_bytes} bytes of LDS, expected at most {lds}"
+    elif report.waves_per_simd is not None and report.waves_per_simd < limits.waves_per_simd:
+        yield f"{report.waves_per_simd} waves per SIMD, expected at least {limits.waves_per_simd}"
     if limits.R is not None:
         if report.full is None or report.full.R is None:
             yield f"no R, expected at most {limits.R}"
