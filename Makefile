@@ -77,7 +77,7 @@ inspect-all: $(VENV)/.package
 
 # R and waves per SIMD were declared for another compiler: only spills and LDS are held to limits.
 inspect-oldest:
-	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest $(VENV)-oldest/.oldest
+	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest TRITON="$(OLDEST_TRITON)" $(VENV)-oldest/.oldest
 	$(VENV)-oldest/bin/flash-rocm inspect --arch amd --dtype bf16 --headdim 64,128 --mask causal --check oldest \
 	  --jobs $(JOBS) $(INSPECT_ARGS)
 

@@ -224,10 +224,10 @@ class Tuner(Protocol):
         source: ConfigSource | None,
         budget: float,
         say: Callable[[str], None],
-        measure: Callable[[str, AttentionProblem, Sequence[ConfigSource], float], list[float | None]],
+        clock: Callable[[str, AttentionProblem, Sequence[ConfigSource], float], list[float | None]],
         found_by: Provenance,
     ) -> Outcome:
-        """Return the options that ``measure`` finds to be the fastest; raise TuningError as ``tune`` does."""
+        """Return the options that ``clock`` finds to be the fastest; raise TuningError as ``tune`` does."""
 
     def execute(self, kernel: str, problem: AttentionProblem, source: ConfigSource) -> None:
         """Launch a kernel once on the virtual GPU in use."""

@@ -119,6 +119,12 @@ def _decide(args: tuple[Any, ...], layout: Layout) -> _Decision:
     return found
 
 
+def _received(args: tuple[Any, ...]) -> tuple[_Decision, AttentionInputs]:
+    """What an operator has to do with its arguments, in schema order, and the tensors among them."""
+    layout = layout_of(*args[:3])
+    return _decide(args, layout), AttentionInputs._make((*args[:_NUM_TENSORS], layout))
+
+
 def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _forward_of(layout_of(*args[:3]), args)
 
@@ -141,9 +147,7 @@ def _forward_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _backward(
     dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, softmax_lse: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    layout = layout_of(*args[:3])
-    inputs = AttentionInputs._make((*args[:_NUM_TENSORS], layout))
-    decision = _decide(args, layout)
+    decision, inputs = _received(args)
     if decision.is_empty:
         return tuple(x.new_zeros(x.shape) for x in (inputs.q, inputs.k, inputs.v))  # type: ignore[return-value]
     if dout.stride(-1) != 1:
@@ -158,9 +162,7 @@ def _backward_fake(
 
 
 def _probs(softmax_lse: torch.Tensor, *args: Any) -> torch.Tensor:
-    layout = layout_of(*args[:3])
-    inputs = AttentionInputs._make((*args[:_NUM_TENSORS], layout))
-    decision = _decide(args, layout)
+    decision, inputs = _received(args)
     if decision.is_empty:
         problem = decision.problem
         return inputs.q.new_zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))

@@ -120,7 +120,7 @@ class Fake:
         ]
 
     def measure(
-        self, kernel: str, problem: AttentionProblem, device: Any, sources: Sequence[ConfigSource], deadline: float
+        self, device: Any, kernel: str, problem: AttentionProblem, sources: Sequence[ConfigSource], deadline: float
     ) -> list[float | None]:
         self.measured = [self.options_of(source) for source in sources]
         return [self.seconds.get(options["num_warps"]) for options in self.measured]

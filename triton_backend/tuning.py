@@ -45,10 +45,10 @@ _ROUNDS = 7
 _JOBS_MAX = 16
 
 Say = Callable[[str], None]
-#: (kernel, problem, device, one source of configs for each candidate, deadline) -> seconds of each, None: not known.
-Measure = Callable[[str, AttentionProblem, torch.device, Sequence[ConfigSource], float], list[float | None]]
-#: The same for wherever it measures.
+#: (kernel, problem, one source of configs for each candidate, deadline) -> seconds of each, None: not known.
 Clock = Callable[[str, AttentionProblem, Sequence[ConfigSource], float], list[float | None]]
+#: The same, given the device to measure on first.
+Measure = Callable[[torch.device, str, AttentionProblem, Sequence[ConfigSource], float], list[float | None]]
 Compile = Callable[[Sequence[workers.Task], int, float], list[workers.Result]]
 
 
@@ -115,7 +115,7 @@ def execute(kernel: str, problem: AttentionProblem, source: ConfigSource) -> Non
 
 
 def measure(
-    kernel: str, problem: AttentionProblem, device: torch.device, sources: Sequence[ConfigSource], deadline: float
+    device: torch.device, kernel: str, problem: AttentionProblem, sources: Sequence[ConfigSource], deadline: float
 ) -> list[float | None]:
     """Seconds per launch under each source of configs, the first being the default.
 
@@ -174,14 +174,9 @@ def tune(
     measure: Measure = measure,
 ) -> Outcome:
     """Find the fastest options for a key on the GPU that is here; see :func:`search`."""
-
-    def measure_here(
-        kernel: str, problem: AttentionProblem, sources: Sequence[ConfigSource], deadline: float
-    ) -> list[float | None]:
-        return measure(kernel, problem, device, sources, deadline)
-
     found_by = Provenance("measured", note=torch.cuda.get_device_name(device))
-    return search(key, virtual_device.arch_of(device), source, budget, say, measure_here, found_by, compile_all)
+    clock = functools.partial(measure, device)
+    return search(key, virtual_device.arch_of(device), source, budget, say, clock, found_by, compile_all)
 
 
 def search(
@@ -190,7 +185,7 @@ def search(
     source: ConfigSource | None,
     budget: float,
     say: Say,
-    measure: Clock,
+    clock: Clock,
     found_by: Provenance,
     compile_all: Compile = workers.compile_all,
 ) -> Outcome:
@@ -219,7 +214,7 @@ def search(
         raise TuningError(f"{key}: expected candidates that compile, got none: {compiled[0] or 'no time'}")
     usable = [n for n, result in enumerate(compiled) if n == 0 or _fits(result, arch)]
     say(f"  {len(usable)} compiled and fit, {time.monotonic() - start:.0f} s")
-    seconds = measure(key.kernel, problem, [sources[n] for n in usable], start + budget)
+    seconds = clock(key.kernel, problem, [sources[n] for n in usable], start + budget)
     timed = {tried[n]: found for n, found in zip(usable, seconds, strict=True) if found is not None}
     if default not in timed:
         raise TuningError(f"{key}: expected to measure the default config, {default.describe()}, and could not")
