@@ -224,6 +224,16 @@ def test_a_report_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernels.cached_report(report.case, None) is None
 
 
+def test_waves_follow_from_the_registers_that_are_asked_for() -> None:
+    # With a maximum of one wave LLVM asks for more registers than the code names.
+    triton_needed()
+    plain, one_wave = (
+        inspect_problem("gfx942", "forward", "bf16", 128, "full", {"waves_per_eu": waves}) for waves in (0, 1)
+    )
+    assert plain.resources.vgprs <= 256 and plain.waves_per_simd == 2
+    assert one_wave.resources.vgprs + one_wave.resources.agprs > 256 and one_wave.waves_per_simd == 1
+
+
 def test_nvidia_registers() -> None:
     triton_needed()
     found = inspect_problem("sm80", "probs", "fp16", 64, "full")

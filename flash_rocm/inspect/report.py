@@ -150,10 +150,16 @@ def amdgcn_resources(text: str, lds_bytes: int) -> Resources:
     def metadata(name: str) -> int:
         return _number(rf"^\s+(?:- )?\.{name}:\s+(\d+)", text, f".{name}")
 
-    agprs = metadata("agpr_count") if re.search(r"^\s+(?:- )?\.agpr_count:", text, re.MULTILINE) else 0
+    def directive(name: str) -> int:
+        return _number(rf"^\s+\.amdhsa_{name} (\d+)", text, f".amdhsa_{name}")
+
+    # What the kernel descriptor asks for, not what the code names (.vgpr_count): LLVM asks for more where
+    # amdgpu-waves-per-eu sets a maximum of waves, and the chip hands out what is asked.
+    total = directive("next_free_vgpr")
+    vgprs = min(directive("accum_offset"), total) if ".amdhsa_accum_offset" in text else total
     return Resources(
-        vgprs=metadata("vgpr_count") - agprs,
-        agprs=agprs,
+        vgprs=vgprs,
+        agprs=total - vgprs,
         sgprs=metadata("sgpr_count"),
         vgpr_spills=metadata("vgpr_spill_count"),
         sgpr_spills=metadata("sgpr_spill_count"),
