@@ -10,6 +10,7 @@ from flash_rocm.api import (
     flash_attn_varlen_qkvpacked_func,
 )
 from flash_rocm.backends import BackendError
+from flash_rocm.inference import flash_attn_combine, flash_attn_with_kvcache
 from flash_rocm.runtime import use_backend
 from flash_rocm.virtual_device import virtual_gpu
 
@@ -18,12 +19,14 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "explain",
+    "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "use_backend",
     "virtual_gpu",
 ]

@@ -17,7 +17,7 @@ import torch
 
 from flash_rocm import runtime
 from flash_rocm.config_schema import KernelConfig, Provenance
-from flash_rocm.problem import FEATURES, AttentionInputs, AttentionProblem
+from flash_rocm.problem import FEATURES, AttentionInputs, AttentionProblem, CacheInputs
 from flash_rocm.runtime import Arch, ConfigSource
 from flash_rocm.tuned import Outcome, TuneKey
 
@@ -42,6 +42,17 @@ class Backend(Protocol):
     def probs(self, problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch.Tensor) -> torch.Tensor:
         """Return S_dmask (batch, nheads, seqlen_q, seqlen_k): negative where dropout dropped."""
 
+    def attend(self, problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return out and softmax_lse over a K/V cache, which holds what is to be appended already."""
+
+    def append(self, problem: AttentionProblem, inputs: CacheInputs) -> None:
+        """Write k_new, turned by the rotary embedding, and v_new into the caches."""
+
+    def combine(
+        self, problem: AttentionProblem, out_partial: torch.Tensor, lse_partial: torch.Tensor, out_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return out and lse of results over disjoint sets of keys; splits come first in the parts' shapes."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Capability:
@@ -52,6 +63,7 @@ class Capability:
     dtypes: frozenset[torch.dtype]
     max_headdim: int
     features: frozenset[str]
+    max_headdim_cached: int = 0  # of calls over a K/V cache
     archs: tuple[str, ...] = ()  # empty: any
     minimum_sm: int = 0  # NVIDIA: smallest compute capability, 80 for sm80
 
@@ -61,6 +73,7 @@ REFERENCE = Capability(
     module="flash_rocm.reference",
     dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}),
     max_headdim=1 << 20,
+    max_headdim_cached=1 << 20,
     features=FEATURES,
 )
 
@@ -73,10 +86,11 @@ TRITON_AMD_ARCHS = (
 
 TRITON = Capability(
     name="triton",
-    module="flash_rocm._triton.launch",
+    module="flash_rocm._triton.backend",
     dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
     max_headdim=512,
-    features=FEATURES - {"paged"},
+    max_headdim_cached=576,
+    features=FEATURES,
     archs=TRITON_AMD_ARCHS,
     minimum_sm=80,
 )
@@ -94,9 +108,6 @@ CAPABILITIES = {capability.name: capability for capability in (CK, TRITON, REFER
 
 #: Order of ``auto`` by vendor.
 AUTO_ORDER = {"amd": ("ck", "triton"), "nvidia": ("triton",), "cpu": ("reference",)}
-
-_NOT_YET = {"paged": "paged K/V (block_table) has no Triton kernel yet; the reference back end runs it"}
-
 
 class BackendError(NotImplementedError):
     """No back end, or not the one asked for, can run the call.  The text lists every reason."""
@@ -145,12 +156,15 @@ def refusal_reasons(name: str, problem: AttentionProblem, arch: Arch) -> list[st
     if problem.dtype not in capability.dtypes:
         names = sorted(str(dtype).removeprefix("torch.") for dtype in capability.dtypes)
         reasons.append(f"dtype {str(problem.dtype).removeprefix('torch.')} is not one of {', '.join(names)}")
-    if max(problem.headdim, problem.headdim_v) > capability.max_headdim:
-        reasons.append(f"headdim {max(problem.headdim, problem.headdim_v)} is over {capability.max_headdim}")
-    for feature in sorted(problem.features() - capability.features):
-        reasons.append(_NOT_YET.get(feature, f"{feature} is not implemented"))
-    if problem.page_size and problem.needs_grad:
-        reasons.append("paged K/V has no backward")
+    limit = capability.max_headdim_cached if problem.cached else capability.max_headdim
+    if max(problem.headdim, problem.headdim_v) > limit:
+        reasons.append(f"headdim {max(problem.headdim, problem.headdim_v)} is over {limit}")
+    if name == "triton" and problem.cached and problem.headdim > capability.max_headdim:
+        reasons += [
+            f"{feature} with headdim {problem.headdim}, over {capability.max_headdim}, is not implemented"
+            for feature in sorted(problem.features() & {"qv", "rotary"})
+        ]
+    reasons += [f"{feature} is not implemented" for feature in sorted(problem.features() - capability.features)]
     return reasons
 
 

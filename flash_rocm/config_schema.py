@@ -12,7 +12,7 @@ from typing import Any
 
 #: Changes when entries that were stored under an earlier one can no longer be used.
 VERSION = 1
-KERNELS = ("forward", "backward_dq", "backward_dkdv", "probs")
+KERNELS = ("forward", "backward_dq", "backward_dkdv", "probs", "decode", "prefill")
 DTYPES = ("float16", "bfloat16", "float32")
 #: Each option and the values it may have.  Those of AMD's compiler take 0 for the compiler's default.
 OPTIONS: dict[str, tuple[int, ...]] = {
@@ -30,7 +30,7 @@ AMD_OPTIONS = ("waves_per_eu", "matrix_instr_nonkdim", "kpack")
 #: Options that a kernel does not act on: 0 is all they can be there.
 UNUSED_OPTIONS: dict[str, tuple[str, ...]] = {"probs": ("BLOCK_K",)}
 RANGES = ("headdim", "seqlen")
-FLAGS = ("causal", "masked", "varlen")
+FLAGS = ("causal", "masked", "varlen", "paged")
 MATCH_KEYS = ("dtype", *RANGES, *FLAGS)
 #: Smallest value of each limit; "R" may have a fraction.
 LIMITS = {"vgpr_spills": 0, "loop_scratch": 0, "waves_per_simd": 1, "R": 0, "oldest_spills": 0}
@@ -62,6 +62,7 @@ class Facts:
     causal: bool
     masked: bool
     varlen: bool
+    paged: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Match:
     causal: bool | None = None
     masked: bool | None = None
     varlen: bool | None = None
+    paged: bool | None = None
 
     def matches(self, facts: Facts) -> bool:
         return (

@@ -10,13 +10,13 @@ long on the host as the launch itself.  Both ways run the same three functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from flash_rocm import backends, runtime, virtual_device
+from flash_rocm import virtual_device
+from flash_rocm.decision import Decision, decide
 from flash_rocm.problem import (
     AttentionInputs,
     AttentionProblem,
@@ -75,28 +75,13 @@ def problem_of(inputs: AttentionInputs, scalars: tuple[Any, ...]) -> AttentionPr
     )
 
 
-class _Decision(NamedTuple):
-    problem: AttentionProblem
-    backend: backends.Backend
-    is_empty: bool  # nothing to attend to, or nobody to attend: no kernel is launched
-    virtual: str  # arch of the virtual GPU that the call is pinned to, or ""
-
-    def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function of the back end, on the virtual GPU if the call is pinned to one."""
-        active = virtual_device.active() if self.virtual else None
-        if not self.virtual or (active is not None and active.arch == self.virtual):
-            return function(self.problem, *args)
-        with virtual_device.virtual_gpu(self.virtual):
-            return function(self.problem, *args)
-
-
 # Building and deciding take longer on the host than launching a small kernel, and repeat for every
 # call of a layer: remember them by the facts they depend on.
-_decided: dict[tuple[Any, ...], _Decision] = {}
+_decided: dict[tuple[Any, ...], Decision] = {}
 _DECIDED_MAX = 4096
 
 
-def _decide(args: tuple[Any, ...], layout: Layout) -> _Decision:
+def _decide(args: tuple[Any, ...], layout: Layout) -> Decision:
     """The problem and its back end, for operator arguments in schema order."""
     cu_seqlens_q, alibi_slopes, block_table = args[3], args[5], args[7]
     scalars = args[_NUM_TENSORS:]
@@ -107,19 +92,14 @@ def _decide(args: tuple[Any, ...], layout: Layout) -> _Decision:
     if found is None:
         q, k = args[0], args[1]
         problem = problem_of(AttentionInputs(*args[:_NUM_TENSORS]), scalars)
-        requested, virtual = virtual_device.Request.parse(request)
-        arch = runtime.arch_named(virtual) if virtual else virtual_device.arch_of(q.device)
-        name = backends.select(problem, arch, requested)
-        runtime.warn_of_unused_variables()
-        runtime.log_once(f"back end {name} for {problem.dtype} on {virtual or q.device.type}")
         is_empty = 0 in (q.numel(), k.numel(), problem.seqlen_q, problem.seqlen_k)
         if len(_decided) >= _DECIDED_MAX:
             _decided.clear()
-        found = _decided[key] = _Decision(problem, backends.load(name), is_empty, virtual)
+        found = _decided[key] = decide(problem, request, q.device, is_empty)
     return found
 
 
-def _received(args: tuple[Any, ...]) -> tuple[_Decision, AttentionInputs]:
+def _received(args: tuple[Any, ...]) -> tuple[Decision, AttentionInputs]:
     """What an operator has to do with its arguments, in schema order, and the tensors among them."""
     layout = layout_of(*args[:3])
     return _decide(args, layout), AttentionInputs._make((*args[:_NUM_TENSORS], layout))
@@ -192,7 +172,7 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     backward: Any = torch.ops.flash_rocm.attention_backward.default
     if torch.is_grad_enabled():  # a graph of the backward is wanted (create_graph, torch.func)
         backward = _DifferentiatedBackward.apply
-    elif not (torch.compiler.is_compiling() or _is_watched(dout)) and all(map(is_plain, (dout, out, softmax_lse))):
+    elif not (torch.compiler.is_compiling() or is_watched(dout)) and all(map(is_plain, (dout, out, softmax_lse))):
         backward = _backward
     return (*backward(dout, dlse, out, softmax_lse, *tensors, *ctx.scalars), *unused)
 
@@ -243,7 +223,7 @@ class _DifferentiatedBackward(torch.autograd.Function):
     vmap = staticmethod(_no_vmap("attention_backward"))
 
 
-def _is_watched(x: torch.Tensor) -> bool:
+def is_watched(x: torch.Tensor) -> bool:
     """Whether a dispatch mode, functorch transform or meta kernel should see the operator."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active() or x.is_meta
 
@@ -258,7 +238,7 @@ def attention_forward(args: tuple[Any, ...], layout: Layout) -> tuple[torch.Tens
     needs_grad = args[-2]
     if forward_ad._current_level >= 0 or (needs_grad and torch._C._are_functorch_transforms_active()):
         return _Transformed.apply(*args)
-    if layout.strides is None or _is_watched(args[0]):
+    if layout.strides is None or is_watched(args[0]):
         return torch.ops.flash_rocm.attention_forward.default(*args)
     if needs_grad:
         return _Attention.apply(*args)

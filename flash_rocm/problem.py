@@ -75,6 +75,42 @@ class AttentionInputs(NamedTuple):
         return self[:-1]
 
 
+class CacheInputs(NamedTuple):
+    """Tensors of one call over a K/V cache; those that are not given are None.
+
+    ``q`` is (batch, seqlen_q, nheads, headdim), or with ``cu_seqlens_q`` (total_q, nheads, headdim).
+    ``k`` and ``v`` are a cache (entries, capacity, nheads_k, headdim), or pages (num_pages, page_size, nheads_k,
+    headdim), or with ``cu_seqlens_k`` packed sequences (total_k, nheads_k, headdim); v has headdim_v.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    k_new: torch.Tensor | None = None  # (batch, seqlen_new, nheads_k, headdim) or (total_new, ...)
+    v_new: torch.Tensor | None = None  # likewise, with headdim_v
+    qv: torch.Tensor | None = None  # like q, with headdim_v: scores are q @ k^T + qv @ v^T
+    rotary_cos: torch.Tensor | None = None  # (max_position, rotary_dim / 2)
+    rotary_sin: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None  # (batch + 1,) int32, as all that follow up to block_table
+    cu_seqlens_k: torch.Tensor | None = None
+    cu_seqlens_k_new: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None  # (batch,)
+    seqused_k: torch.Tensor | None = None  # (batch,) lengths before the append, left padding included
+    rotary_seqlens: torch.Tensor | None = None  # (batch,) position of the first new token; default seqused_k
+    cache_batch_idx: torch.Tensor | None = None  # (batch,) cache entry of each sequence
+    leftpad_k: torch.Tensor | None = None  # (batch,) where each sequence starts in its cache entry
+    block_table: torch.Tensor | None = None  # (batch, max_pages)
+    alibi_slopes: torch.Tensor | None = None  # (nheads,) or (batch, nheads) float32
+    sinks: torch.Tensor | None = None  # (nheads,) float32
+
+    @property
+    def capacity(self) -> int:
+        """Keys that a sequence may have."""
+        if self.block_table is not None:
+            return self.block_table.shape[1] * self.k.shape[1]
+        return self.k.shape[0] if self.cu_seqlens_k is not None else self.k.shape[1]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class AttentionProblem:
     """Everything that selection and launch may depend on, and no tensor.
@@ -104,6 +140,16 @@ class AttentionProblem:
     page_size: int = 0  # 0: K and V are not paged
     deterministic: bool = False
     needs_grad: bool = False
+    # Calls over a K/V cache, which have no backward.
+    cached: bool = False
+    seqlen_new: int = 0  # tokens to append; varlen: the most that one sequence gets
+    rotary_dim: int = 0
+    rotary_interleaved: bool = False
+    cache_batch_idx: bool = False
+    leftpad: bool = False
+    qv: bool = False
+    attention_chunk: int = 0  # query and key see each other inside blocks of so many positions; 0: anywhere
+    num_splits: int = 0  # parts that keys are divided into, 0: the back end's choice
     # Problems key every cache on the way to a kernel; the hash of so many fields is worth keeping.
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
@@ -138,6 +184,13 @@ class AttentionProblem:
             "paged": self.page_size > 0,
             "deterministic": self.deterministic,
             "backward": self.needs_grad,
+            "kvcache": self.cached,
+            "append": self.seqlen_new > 0,
+            "rotary": self.rotary_dim > 0,
+            "cache_batch_idx": self.cache_batch_idx,
+            "leftpad": self.leftpad,
+            "qv": self.qv,
+            "attention_chunk": self.attention_chunk > 0,
         }
         return frozenset(name for name, is_used in used.items() if is_used)
 
@@ -151,11 +204,16 @@ class AttentionProblem:
         )
 
 
+#: Those of calls over a K/V cache alone.
+CACHE_FEATURES = frozenset(
+    {"kvcache", "paged", "append", "rotary", "cache_batch_idx", "leftpad", "qv", "attention_chunk"}
+)
 #: Every feature name :meth:`AttentionProblem.features` can return.
 FEATURES = frozenset(
     {
-        *("varlen", "causal", "window", "gqa", "headdim_v", "softcap", "dropout", "alibi", "paged"),
+        *("varlen", "causal", "window", "gqa", "headdim_v", "softcap", "dropout", "alibi"),
         *("deterministic", "backward"),
+        *CACHE_FEATURES,
     }
 )
 

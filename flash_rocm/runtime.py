@@ -168,6 +168,18 @@ def _autotune(ours: str, theirs: bool) -> bool:
     return ours == "1" or (theirs and not ours)
 
 
+def debug() -> bool:
+    """``FLASH_ROCM_DEBUG``: kernels over a K/V cache check what they read from the device, and calls wait for it.
+
+    Raises:
+        ConfigError: it is neither 0 nor 1.
+    """
+    value = _variables.get(b"FLASH_ROCM_DEBUG")
+    if value not in (None, b"", b"0", b"1"):
+        raise ConfigError(f"FLASH_ROCM_DEBUG: expected 0 or 1, got {os.fsdecode(value)!r}. Hint: unset it for 0.")
+    return value == b"1"
+
+
 def cache_dir() -> pathlib.Path:
     """``FLASH_ROCM_CACHE_DIR``: what is kept between runs; default: ``flash_rocm`` in the user's cache folder."""
     return _cache_dir(_variables.get(b"FLASH_ROCM_CACHE_DIR"), _variables.get(b"XDG_CACHE_HOME"))
@@ -214,6 +226,7 @@ _VARIABLES = (
     "FLASH_ROCM_BACKEND",
     "FLASH_ROCM_CACHE_DIR",
     "FLASH_ROCM_CONFIG_DIR",
+    "FLASH_ROCM_DEBUG",
     "FLASH_ROCM_KERNEL_CONFIG",
     "FLASH_ROCM_LOG",
     "FLASH_ROCM_VIRTUAL_GPU",
@@ -224,25 +237,14 @@ _VARIABLES = (
     "TRITON_INTERPRET",
     "XDG_CACHE_HOME",
 )
-#: Variables that belong to the project, or that ROCm users know, and that this version does not act on.
-_UNUSED_VARIABLES = ("FLASH_ROCM_DEBUG",)
 #: Variables of the driver and of torch that decide which devices are seen.
 _DEVICE_VARIABLES = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION")
-
-
-def warn_of_unused_variables() -> None:
-    """One warning that names the variables which are set, and which this version does not act on."""
-    names = [name for name in _UNUSED_VARIABLES if os.environ.get(name)]
-    if names:
-        pronoun = "it" if len(names) == 1 else "them"
-        warn_once(f"{', '.join(names)}: set, but this version of flash_rocm does not read {pronoun} yet")
 
 
 def environment_report() -> list[tuple[str, str, str]]:
     """(name, value, note) of every variable that is set and matters, for ``flash-rocm info``."""
     groups = (
         (_VARIABLES, ""),
-        (_UNUSED_VARIABLES, "not read by this version"),
         (_DEVICE_VARIABLES, "read by the driver"),
     )
     return [(name, os.environ[name], note) for names, note in groups for name in names if name in os.environ]

@@ -20,13 +20,13 @@ import torch
 import flash_rocm
 from flash_rocm import ops
 from flash_rocm.backends import CAPABILITIES
-from flash_rocm.problem import FEATURES, AttentionProblem, layout_of
+from flash_rocm.problem import CACHE_FEATURES, FEATURES, AttentionProblem, layout_of
 from flash_rocm.testing import assert_attention_close, make_inputs, make_problem
 from flash_rocm.virtual_device import Request
 
 #: Features that the matrix combines.  Dense/varlen and forward/backward are dimensions of their own;
-#: paged K/V is tested with the KV cache; dlse is a gradient through softmax_lse.
-COMBINED = (*sorted(FEATURES - {"varlen", "backward", "paged"}), "dlse")
+#: calls over a K/V cache have a matrix of their own; dlse is a gradient through softmax_lse.
+COMBINED = (*sorted(FEATURES - CACHE_FEATURES - {"varlen", "backward"}), "dlse")
 #: Head dim 1 is in test_adversarial.py: with a handful of elements, the largest error of the plain
 #: computation is a matter of luck, and no yardstick.
 HEADDIMS = (32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256, 512, 16, 8, 100)

@@ -181,7 +181,7 @@ def new_call(
     """
     q = strided[0]
     current = plan(kernel, problem, virtual_device.arch_of(q.device), configs)
-    strides = tuple(_strides(x) for x in strided)
+    strides = tuple(strides_of(x) for x in strided)
     is_backward = kernel.startswith("backward")
     row = max(problem.headdim if is_backward else 0, problem.headdim_v if kernel != "probs" else 0)
     constants = _layout_constants(current, q.element_size(), strides, problem.nheads * row)
@@ -197,7 +197,7 @@ def new_call(
     return Call(current, current.blocks * problem.batch * heads, tensors, lse_strides, tuple(scalars), constants)
 
 
-def _pointers(tensors: Tensors) -> tuple[list[int | None], Any]:
+def pointers_of(tensors: Tensors) -> tuple[list[int | None], Any]:
     """Addresses, and what Triton specialises them on; 0 for the usual case, all 16-byte aligned.
 
     Launches take numbers: about a tensor Triton would ask the driver, which the first launch has done.
@@ -221,7 +221,7 @@ def _is_far(x: torch.Tensor) -> bool:
     return x.untyped_storage().nbytes() > BUFFER_BYTES
 
 
-def _strides(x: torch.Tensor) -> Strides:
+def strides_of(x: torch.Tensor) -> Strides:
     """(batch, row, head) strides in elements; the batch stride of varlen tensors is 0."""
     stride = x.stride()
     return (stride[0], stride[1], stride[2]) if len(stride) == 4 else (0, stride[0], stride[1])
@@ -238,21 +238,21 @@ def lse_strides_of(softmax_lse: torch.Tensor) -> tuple[int, int]:
     return (stride[0], stride[1]) if len(stride) == 3 else (0, stride[0])
 
 
+def divisor_of_strides(strides: tuple[Strides, ...], itemsize: int) -> int:
+    """VEC of the kernels: the largest power of two of elements, up to 16 bytes, that divides every stride."""
+    combined = 16 // itemsize
+    for batch, row, head in strides:
+        combined |= batch | row | head
+    return combined & -combined
+
+
 def _layout_constants(
     current: Plan, itemsize: int, strides: tuple[Strides, ...], contiguous_row: int
 ) -> dict[str, Any]:
-    """Kernel constants that follow from the layout.
-
-    VEC is the largest power of two, up to 16 bytes, that divides every stride.  WIDE: an offset inside
-    one tile can pass 2^31 elements.
-    """
-    combined = 16 // itemsize
-    longest_row = contiguous_row
-    for batch, row, head in strides:
-        combined |= batch | row | head
-        longest_row = max(longest_row, row)
+    """Kernel constants that follow from the layout.  WIDE: an offset inside one tile can pass 2^31 elements."""
+    longest_row = max(contiguous_row, *(row for _, row, _ in strides))
     rows = max(current.config.BLOCK_M, current.config.BLOCK_N)
-    vec = combined & -combined
+    vec = divisor_of_strides(strides, itemsize)
     constants: dict[str, Any] = {"VEC": vec, "WIDE": longest_row * rows >= 1 << 31}
     if vec * itemsize < 4 and "BLOCK_DV" in current.constants:
         # Seen on an H200 with Triton 3.6: loads of 2 bytes, which cannot be asynchronous copies, into a
@@ -307,7 +307,7 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
             out = q.new_empty((problem.batch, problem.seqlen_q, problem.nheads, problem.headdim_v))
         lse = q.new_empty((problem.batch, problem.nheads, problem.seqlen_q), dtype=torch.float32)
     tensors = (q, k, v, out, lse, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
-    pointers, facts = _pointers(tensors)
+    pointers, facts = pointers_of(tensors)
     lse_strides = lse_strides_of(lse)
     configs = runtime.config_source()
     key = (problem, _strides_key(inputs), slopes is None or slopes.stride(), facts, configs)
@@ -344,8 +344,8 @@ def backward(
     dkdv_tensors = (q, k, v, dout, softmax_lse, delta, dk, dv, *optional)
     configs = runtime.config_source()
     lse_strides = lse_strides_of(softmax_lse)
-    dq_pointers, dq_facts = _pointers(dq_tensors)
-    dkdv_pointers, dkdv_facts = _pointers(dkdv_tensors)
+    dq_pointers, dq_facts = pointers_of(dq_tensors)
+    dkdv_pointers, dkdv_facts = pointers_of(dkdv_tensors)
     key = (
         problem,
         _strides_key(inputs),
@@ -376,7 +376,7 @@ def probs(problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch
     configs = runtime.config_source()
     result = q.new_zeros((problem.batch, problem.nheads, problem.seqlen_q, problem.seqlen_k))
     tensors = (q, k, softmax_lse, result, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
-    pointers, facts = _pointers(tensors)
+    pointers, facts = pointers_of(tensors)
     lse_strides = lse_strides_of(softmax_lse)
     key = (problem, _strides_key(inputs), slopes is None or slopes.stride(), facts, configs)
     if not KERNELS["probs"].launch_known(key, [*pointers, *lse_strides]):

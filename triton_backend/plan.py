@@ -46,6 +46,7 @@ def facts_of(problem: AttentionProblem) -> Facts:
         causal=problem.causal,
         masked=is_masked(problem),
         varlen=problem.varlen,
+        paged=problem.page_size > 0,
     )
 
 
@@ -53,7 +54,9 @@ def kernel_config(
     kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None = None
 ) -> KernelConfig:
     """The config entry one kernel of this problem takes on this arch."""
-    found = tuned.find(source.tuned, tune_key(kernel, problem, arch)) if source and source.tuned else None
+    # Kernels over a K/V cache are not tuned.
+    may_be_tuned = source is not None and source.tuned and not problem.cached
+    found = tuned.find(source.tuned, tune_key(kernel, problem, arch)) if may_be_tuned else None
     return config.lookup(arch.name, kernel, facts_of(problem), source, found)
 
 
@@ -64,6 +67,8 @@ def tune_key(kernel: str, problem: AttentionProblem, arch: Arch) -> TuneKey:
 
 def kernels_of(problem: AttentionProblem) -> tuple[str, ...]:
     """Names of the kernels a call launches, the backward ones if gradients are needed."""
+    if problem.cached:
+        return (cache_kernel(problem),)
     return ("forward", "backward_dq", "backward_dkdv") if problem.needs_grad else ("forward",)
 
 
@@ -139,3 +144,43 @@ def plan(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSourc
         dropout_threshold=dropout_threshold(problem.dropout_p),
         dropout_rescale=1.0 / (1.0 - problem.dropout_p),
     )
+
+
+#: Rows of a key head, query heads that share it times their positions, up to which "decode" takes all in one tile.
+DECODE_ROWS = 16
+#: Dims of a head that a kernel holds in one tile; what is beyond is a second part of q and k.
+MAX_TILE_D = 512
+
+
+def cache_kernel(problem: AttentionProblem) -> str:
+    """Name of the config of the attention kernel over a K/V cache."""
+    return "decode" if problem.seqlen_q * problem.group_size <= DECODE_ROWS else "prefill"
+
+
+@functools.lru_cache(maxsize=4096)
+def cache_plan(
+    problem: AttentionProblem, arch: Arch, source: ConfigSource | None = None, v_is_k2: bool = False
+) -> Plan:
+    """Like :func:`plan`, for the attention kernel over a K/V cache.
+
+    Args:
+        v_is_k2: the second part of the keys' head dim is the values: they are read once for both.
+    """
+    base = plan(cache_kernel(problem), dataclasses.replace(problem, needs_grad=False), arch, source)
+    headdim, headdim_2 = problem.headdim, problem.headdim_v if problem.qv else 0
+    if headdim > MAX_TILE_D:
+        headdim, headdim_2 = headdim - MAX_TILE_D, MAX_TILE_D
+    constants = {
+        **base.constants,
+        "HEADDIM": headdim,
+        "BLOCK_D": block_d(headdim),
+        "HEADDIM_2": headdim_2,
+        "BLOCK_D2": block_d(headdim_2 or 1),
+        "PAGE_SIZE": problem.page_size,
+        "ROTARY_HALF": problem.rotary_dim // 2,
+        "INTERLEAVED": problem.rotary_interleaved,
+        "CHUNK": problem.attention_chunk > 0,
+        "V_IS_K2": v_is_k2,
+    }
+    rows = problem.seqlen_q * problem.group_size
+    return dataclasses.replace(base, constants=constants, blocks=-(-rows // base.config.BLOCK_M))

@@ -49,6 +49,9 @@ def key_range(problem: AttentionProblem, row: int, row_end: int, shift: int, seq
         start = max(start, row + shift - problem.window_left)
     if problem.window_right >= 0:
         end = min(end, row_end + shift + problem.window_right)
+    if chunk := problem.attention_chunk:
+        start = max(start, (row + shift) // chunk * chunk)
+        end = min(end, (row_end - 1 + shift) // chunk * chunk + chunk)
     return start, end
 
 
@@ -63,7 +66,14 @@ def key_tiles(
         column_end = min(column + size, end)
         cut_left = left >= 0 and column < row_end - 1 + shift - left
         cut_right = right >= 0 and column_end - 1 > row + shift + right
-        yield Tile(row, row_end, column, column_end, cut_left or cut_right)
+        cut_chunk = problem.attention_chunk > 0 and not _in_one_chunk(
+            problem.attention_chunk, row + shift, row_end - 1 + shift, column, column_end - 1
+        )
+        yield Tile(row, row_end, column, column_end, cut_left or cut_right or cut_chunk)
+
+
+def _in_one_chunk(chunk: int, *positions: int) -> bool:
+    return len({position // chunk for position in positions}) == 1
 
 
 def visible_in(problem: AttentionProblem, tile: Tile, shift: int, device: torch.device) -> torch.Tensor | None:
@@ -77,6 +87,8 @@ def visible_in(problem: AttentionProblem, tile: Tile, shift: int, device: torch.
         visible &= column >= row - problem.window_left
     if problem.window_right >= 0:
         visible &= column <= row + problem.window_right
+    if problem.attention_chunk > 0:
+        visible &= column // problem.attention_chunk == row // problem.attention_chunk
     return visible
 
 

@@ -1,0 +1,8 @@
+"""The Triton back end as selection loads it; see :class:`flash_rocm.backends.Backend`."""
+
+from __future__ import annotations
+
+from .cached import append, attend, combine
+from .launch import backward, forward, probs
+
+__all__ = ["append", "attend", "backward", "combine", "forward", "probs"]

@@ -1,0 +1,292 @@
+"""Host side of the kernels over a K/V cache: allocation, splits and launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from flash_rocm import runtime, virtual_device
+from flash_rocm.config_schema import KernelConfig
+from flash_rocm.problem import AttentionProblem, CacheInputs, lse_shape
+from flash_rocm.runtime import Arch, ConfigSource
+from flash_rocm.splits import choose_splits
+
+from .cache_kernels import attn_cache_kernel, attn_combine_kernel, kv_append_kernel
+from .launch import Call, Launcher, Tensors, divisor_of_strides, lse_strides_of, pointers_of, strides_of
+from .plan import MAX_TILE_D, Plan, block_d, cache_plan
+
+ATTEND = Launcher(attn_cache_kernel)
+COMBINE = Launcher(attn_combine_kernel)
+APPEND = Launcher(kv_append_kernel)
+#: Workgroups of the attention kernel that a compute unit runs at a time.
+_PER_CU = 2
+#: Parts of a sequence that the combine kernel weighs at a time.
+_BLOCK_S = 16
+_ERRORS = (
+    "block_table: expected pages in [0, {entries})",
+    "cache_seqlens, leftpad_k: expected lengths, with the new tokens, in [0, {capacity}]",
+    "cache_batch_idx: expected entries in [0, {entries})",
+    "rotary_cos, rotary_sin: expected a row for every position",
+)
+
+
+def _first(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _present(tensors: Tensors) -> tuple[bool, ...]:
+    return tuple(x is not None for x in tensors)
+
+
+def _error_buffer(inputs: CacheInputs) -> torch.Tensor | None:
+    """Where checked kernels report; None unless FLASH_ROCM_DEBUG is on."""
+    return inputs.q.new_zeros(len(_ERRORS), dtype=torch.int32) if runtime.debug() else None
+
+
+def _raise_reported(errors: torch.Tensor | None, inputs: CacheInputs) -> None:
+    """Wait for a checked kernel and raise what it reported."""
+    if errors is None:
+        return
+    found = [(text, batch) for text, batch in zip(_ERRORS, errors.tolist(), strict=True) if batch]
+    if found:
+        facts = {"entries": inputs.k.shape[0], "capacity": inputs.capacity}
+        lines = (f"{text.format(**facts)}, got another for sequence {batch - 1}." for text, batch in found)
+        raise ValueError(" ".join(lines) + " Nothing outside of the cache was read or written.")
+
+
+def _second_part(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, ...]:
+    """q and k of the first tile of head dims, and q and k of the second; there k is v where they are one memory."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if inputs.qv is not None:
+        return q, k, inputs.qv, v
+    if problem.headdim <= MAX_TILE_D:
+        return q, k, q, k
+    return q[..., MAX_TILE_D:], k[..., MAX_TILE_D:], q[..., :MAX_TILE_D], k[..., :MAX_TILE_D]
+
+
+def _is_same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+
+
+def splits_of(problem: AttentionProblem, config: KernelConfig, blocks: int, arch: Arch) -> int:
+    """The caller's number of splits, or the one that occupies the chip."""
+    if problem.num_splits:
+        return problem.num_splits
+    longest = problem.seqlen_k
+    if problem.window_left >= 0 and problem.window_right >= 0:
+        rows = -(-config.BLOCK_M // problem.group_size)
+        longest = min(longest, problem.window_left + problem.window_right + rows)
+    if problem.attention_chunk:
+        longest = min(longest, 2 * problem.attention_chunk)
+    tiles = -(-longest // config.BLOCK_N)
+    return choose_splits(problem.batch * problem.nheads_k * blocks, tiles, _PER_CU * arch.num_cus)
+
+
+def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and softmax_lse over a K/V cache; see :class:`flash_rocm.backends.Backend`."""
+    q, v = inputs.q, inputs.v
+    arch, configs = virtual_device.arch_of(q.device), runtime.config_source()
+    q_1, k_1, q_2, k_2 = _second_part(problem, inputs)
+    v_is_k2 = k_2 is v or (q_2 is not q and _is_same(k_2, v))
+    current = cache_plan(problem, arch, configs, v_is_k2)
+    num_splits = splits_of(problem, current.config, current.blocks, arch)
+    may_skip_rows = problem.varlen or inputs.seqused_q is not None
+    out = _result(q, (*q.shape[:-1], problem.headdim_v), 0.0, may_skip_rows, q.dtype)
+    lse = _result(q, lse_shape(q), float("-inf"), may_skip_rows, torch.float32)
+    if num_splits == 1:
+        target, target_lse, lse_strides = out, lse, lse_strides_of(lse)
+    else:
+        parts = (*q.shape[:-1], num_splits)
+        target = q.new_empty((*parts, problem.headdim_v), dtype=torch.float32)
+        target_lse = _result(q, parts, float("-inf"), may_skip_rows, torch.float32)
+        lse_strides = (0 if problem.varlen else target_lse.stride(0), num_splits)
+    errors = _error_buffer(inputs)
+    tensors = (
+        *(q_1, k_1, v, q_2, k_2, target, target_lse, inputs.alibi_slopes, inputs.sinks),
+        *(inputs.rotary_cos, inputs.rotary_sin, inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.cu_seqlens_k_new),
+        *(inputs.seqused_q, inputs.seqused_k, inputs.rotary_seqlens, inputs.cache_batch_idx, inputs.leftpad_k),
+        *(inputs.block_table, errors),
+    )
+    pointers, facts = pointers_of(tensors)
+    strided = (q_1, k_1, v, q_2)
+    key = (
+        *(problem, tuple(x.stride() for x in strided), k_1.shape[:2], q.device, _first(inputs.block_table)),
+        *(_present(tensors), facts, configs, num_splits, v_is_k2, inputs.capacity),
+        *(inputs.alibi_slopes is None or inputs.alibi_slopes.stride(), _table_facts(inputs)),
+    )
+    if not ATTEND.launch_known(key, [*pointers, *lse_strides]):
+        ATTEND.launch_new(key, _attend_call(problem, inputs, current, tensors, strided, lse_strides, num_splits))
+    _raise_reported(errors, inputs)
+    if num_splits > 1:
+        _combine_parts(target, target_lse, out, lse)
+    return out, lse
+
+
+def _table_facts(inputs: CacheInputs) -> tuple[int, int]:
+    """Row stride and rows of the rotary tables."""
+    cos = inputs.rotary_cos
+    return (0, 0) if cos is None else (cos.stride(0), cos.shape[0])
+
+
+def _result(q: torch.Tensor, shape: tuple[int, ...], fill: float, may_skip_rows: bool, dtype: torch.dtype) -> torch.Tensor:
+    """Kernels write every row that a sequence owns; others keep what is filled in."""
+    return q.new_full(shape, fill, dtype=dtype) if may_skip_rows else q.new_empty(shape, dtype=dtype)
+
+
+def _attend_call(
+    problem: AttentionProblem,
+    inputs: CacheInputs,
+    current: Plan,
+    tensors: Tensors,
+    strided: tuple[torch.Tensor, ...],
+    lse_strides: tuple[int, int],
+    num_splits: int,
+) -> Call:
+    strides = tuple(strides_of(x) for x in strided)
+    vec = divisor_of_strides(strides, inputs.q.element_size())
+    row = problem.nheads * problem.headdim_v
+    if num_splits == 1:
+        lse_row, lse_split, out_strides = 1, 0, (row, problem.headdim_v, 0)
+    else:
+        lse_row, lse_split = problem.nheads * num_splits, 1
+        out_strides = (row * num_splits, problem.headdim_v * num_splits, problem.headdim_v)
+    slopes = inputs.alibi_slopes
+    rotary_stride, max_position = _table_facts(inputs)
+    scalars: list[int | float] = [lse_row, lse_split, *out_strides]
+    scalars += [stride // vec for tensor in strides for stride in tensor]
+    scalars += [_first(inputs.block_table), slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0]
+    scalars += [rotary_stride, max_position, problem.nheads, problem.group_size, problem.seqlen_q, problem.seqlen_k]
+    scalars += [problem.seqlen_new, inputs.capacity, inputs.k.shape[0], current.blocks, num_splits, current.scale]
+    scalars += [current.softcap_log2, current.window_left, current.window_right, problem.attention_chunk]
+    longest_row = max(stride[1] for stride in strides)
+    wide = longest_row * max(current.config.BLOCK_M, current.config.BLOCK_N) >= 1 << 31
+    constants = {"VEC": vec, "WIDE": wide, "CHECKED": tensors[-1] is not None}
+    programs = current.blocks * problem.batch * problem.nheads_k * num_splits
+    return Call(current, programs, tensors, lse_strides, tuple(scalars), constants)
+
+
+def _combine_parts(out_partial: torch.Tensor, lse_partial: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Combine parts (..., nheads, num_splits[, headdim_v]) of dense or varlen rows into out and softmax_lse."""
+    num_splits = lse_partial.shape[-1]
+    varlen = out.dim() == 3
+    rows = out.shape[0] if varlen else out.shape[1]
+    part, lse_part = out_partial.stride(), lse_partial.stride()
+    _launch_combine(
+        (out_partial, lse_partial, out, lse),
+        (*lse_strides_of(lse), 1),
+        (0 if varlen else part[0], *part[-4:-1]),
+        (0 if varlen else lse_part[0], *lse_part[-3:]),
+        rows,
+        num_splits,
+    )
+
+
+def combine(
+    problem: AttentionProblem, out_partial: torch.Tensor, lse_partial: torch.Tensor, out_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of results over disjoint sets of keys; see :class:`flash_rocm.backends.Backend`."""
+    if out_partial.stride(-1) != 1:
+        out_partial = out_partial.contiguous()
+    out = out_partial.new_empty(out_partial.shape[1:], dtype=out_dtype)
+    lse = lse_partial.new_empty(lse_partial.shape[1:])
+    varlen = out.dim() == 3
+    (split, *part), (lse_split, *lse_part) = out_partial.stride(), lse_partial.stride()
+    _launch_combine(
+        (out_partial, lse_partial, out, lse),
+        (0 if varlen else lse.stride(0), lse.stride(-1), lse.stride(-2)),
+        (0 if varlen else part[0], part[-3], part[-2], split),
+        (0 if varlen else lse_part[0], lse_part[-2], lse_part[-1], lse_split),
+        out.shape[-3],
+        out_partial.shape[0],
+    )
+    return out, lse
+
+
+def _launch_combine(
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    lse_strides: tuple[int, int, int],
+    out_partial_strides: tuple[int, int, int, int],
+    lse_partial_strides: tuple[int, int, int, int],
+    rows: int,
+    num_splits: int,
+) -> None:
+    """Launch the combine kernel.
+
+    Args:
+        tensors: out_partial, lse_partial, out, softmax_lse.
+        lse_strides, out_partial_strides, lse_partial_strides: of (batch, head, row), (batch, row, head, split) twice.
+        rows: of one batch.
+    """
+    out = tensors[2]
+    nheads, headdim_v = out.shape[-2:]
+    pointers, facts = pointers_of(tensors)
+    fresh = (lse_strides[0], lse_strides[1])
+    programs = out.shape[:-1].numel()
+    key = (
+        *(tensors[0].dtype, out.dtype, out.device, lse_strides[2], out_partial_strides, lse_partial_strides),
+        *(rows, nheads, headdim_v, num_splits, programs, facts),
+    )
+    if COMBINE.launch_known(key, [*pointers, *fresh]):
+        return
+    constants = {
+        "HEADDIM_V": headdim_v,
+        "BLOCK_DV": block_d(headdim_v),
+        "MAX_SPLITS": max(_BLOCK_S, 1 << (num_splits - 1).bit_length()),
+        "BLOCK_S": _BLOCK_S,
+    }
+    scalars = (lse_strides[2], *out_partial_strides, *lse_partial_strides, rows, nheads, num_splits)
+    current = _fixed_plan(constants, warps=4 if headdim_v > 64 else 2)
+    COMBINE.launch_new(key, Call(current, programs, tensors, fresh, scalars, {}))
+
+
+def _fixed_plan(constants: dict[str, Any], warps: int) -> Plan:
+    """For kernels that move data and have nothing to tune."""
+    config = KernelConfig(BLOCK_M=16, BLOCK_N=16, num_warps=warps, num_stages=1)
+    return Plan(config, constants, {"num_warps": warps, "num_stages": 1}, 1, 0.0, 0.0, 0, 0, 0, 1.0)
+
+
+def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
+    """Write k_new and v_new into the caches; see :class:`flash_rocm.backends.Backend`."""
+    k_new, v_new = inputs.k_new, inputs.v_new
+    if k_new is None or v_new is None:
+        raise ValueError("k_new, v_new: expected tensors to append, got None")
+    errors = _error_buffer(inputs)
+    tensors = (
+        *(k_new, v_new, inputs.k, inputs.v, inputs.rotary_cos, inputs.rotary_sin, inputs.cu_seqlens_k_new),
+        *(inputs.seqused_k, inputs.rotary_seqlens, inputs.cache_batch_idx, inputs.block_table, errors),
+    )
+    pointers, facts = pointers_of(tensors)
+    strided = (k_new, v_new, inputs.k, inputs.v)
+    strides = tuple(strides_of(x) for x in strided)
+    fresh = strides[0][:2]
+    key = (
+        *(problem, strides, inputs.k.shape[:2], k_new.device, _first(inputs.block_table), _present(tensors), facts),
+        *(inputs.capacity, _table_facts(inputs)),
+    )
+    vec = divisor_of_strides(strides, k_new.element_size())
+    fresh = (fresh[0] // vec, fresh[1] // vec)
+    if not APPEND.launch_known(key, [*pointers, *fresh]):
+        block_t = min(16, 1 << (max(problem.seqlen_new, 1) - 1).bit_length())
+        blocks = -(-problem.seqlen_new // block_t)
+        rotary_stride, max_position = _table_facts(inputs)
+        units = [stride // vec for tensor in strides for stride in tensor]
+        scalars = (
+            *units[2:], _first(inputs.block_table), rotary_stride, max_position, problem.nheads_k, problem.seqlen_k,
+            problem.seqlen_new, inputs.capacity, inputs.k.shape[0], blocks,
+        )  # fmt: skip
+        constants = {
+            "HEADDIM": problem.headdim,
+            "HEADDIM_V": problem.headdim_v,
+            "BLOCK_D": block_d(problem.headdim),
+            "BLOCK_DV": block_d(problem.headdim_v),
+            "BLOCK_T": block_t,
+            "PAGE_SIZE": problem.page_size,
+            "VEC": vec,
+            "ROTARY_HALF": problem.rotary_dim // 2,
+            "INTERLEAVED": problem.rotary_interleaved,
+            "CHECKED": errors is not None,
+        }
+        programs = blocks * problem.batch * problem.nheads_k
+        APPEND.launch_new(key, Call(_fixed_plan(constants, warps=4 if block_t > 1 else 1), programs, tensors, fresh, scalars, {}))
+    _raise_reported(errors, inputs)
