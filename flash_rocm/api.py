@@ -349,8 +349,10 @@ def _autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.
     return q, k, v
 
 
-def _needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+def _needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None) -> bool:
+    return torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+    )
 
 
 def _draw_rng_state(device: torch.device) -> torch.Tensor:
@@ -373,6 +375,7 @@ def _attend(
     softcap: float,
     deterministic: bool,
     return_attn_probs: bool,
+    sinks: torch.Tensor | None = None,
 ) -> AttentionResult:
     """The part that dense and varlen share; ``inputs``: q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes."""
     q, k, v = inputs[:3]
@@ -383,6 +386,7 @@ def _attend(
         *inputs,
         _draw_rng_state(q.device) if dropout_p > 0.0 else None,
         block_table,
+        sinks,
         *lengths,
         scale,
         left,
@@ -390,7 +394,7 @@ def _attend(
         float(softcap),
         float(dropout_p),
         bool(deterministic),
-        _needs_grad(q, k, v),
+        _needs_grad(q, k, v, sinks),
         # Eager calls pin their choice for the backward; graphs leave the environment to run time.
         runtime.override() if traced else virtual_device.request_on(q.device),
     )

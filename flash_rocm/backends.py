@@ -36,8 +36,8 @@ class Backend(Protocol):
         softmax_lse: torch.Tensor,
         dout: torch.Tensor,
         dlse: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return dq, dk, dv."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return dq, dk, dv, and dsinks ((nheads,) float32) where there are sinks."""
 
     def probs(self, problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch.Tensor) -> torch.Tensor:
         """Return S_dmask (batch, nheads, seqlen_q, seqlen_k): negative where dropout dropped."""
@@ -90,7 +90,7 @@ TRITON = Capability(
     dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
     max_headdim=512,
     max_headdim_cached=576,
-    features=FEATURES,
+    features=FEATURES - {"sinks"},
     archs=TRITON_AMD_ARCHS,
     minimum_sm=80,
 )

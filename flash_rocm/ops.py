@@ -2,7 +2,7 @@
 
 Imports torch and leaves only, so that the operators exist before anything is traced.  Schemas and
 fakes are the same for every back end; which one runs is decided inside the operator, at run time.
-Gradients flow to q, k and v, from both ``out`` and ``softmax_lse``.
+Gradients flow to q, k, v and sinks, from both ``out`` and ``softmax_lse``.
 
 Eager calls on plain tensors skip the dispatcher, whose boxed Python path takes several times as
 long on the host as the launch itself.  Both ways run the same three functions.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from flash_rocm import virtual_device
+from flash_rocm import sinks, virtual_device
 from flash_rocm.decision import Decision, decide
 from flash_rocm.problem import (
     AttentionInputs,
@@ -29,21 +29,27 @@ from flash_rocm.problem import (
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "
-    "Tensor? rng_state, Tensor? block_table"
+    "Tensor? rng_state, Tensor? block_table, Tensor? sinks"
 )
 # backend: "" reads the environment when the operator runs, so that compiled graphs do not freeze it.
 _SCALARS = (
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, SymInt window_left, SymInt window_right, "
     "float softcap, float dropout_p, bool deterministic, bool needs_grad, str backend"
 )
-_NUM_TENSORS = 8
+_NUM_TENSORS = 9
+_SINKS = 8
+
+#: out and softmax_lse.
+_Forward = tuple[torch.Tensor, torch.Tensor]
+#: dq, dk, dv, and dsinks where there are sinks.
+_Backward = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 _library = torch.library.Library("flash_rocm", "DEF")
 _library.define(f"attention_forward({_TENSORS}, {_SCALARS}) -> (Tensor out, Tensor softmax_lse)")
 _library.define(
     f"attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor softmax_lse, {_TENSORS}, {_SCALARS})"
-    " -> (Tensor dq, Tensor dk, Tensor dv)"
-)
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)"
+)  # dsinks is (0,) without sinks: operators return no optional tensors
 _library.define(f"attention_probs(Tensor softmax_lse, {_TENSORS}, {_SCALARS}) -> Tensor")
 
 
@@ -69,6 +75,7 @@ def problem_of(inputs: AttentionInputs, scalars: tuple[Any, ...]) -> AttentionPr
         dropout_p,
         varlen,
         inputs.alibi_slopes is not None,
+        inputs.sinks is not None,
         k.shape[1] if inputs.block_table is not None else 0,
         deterministic,
         needs_grad,
@@ -83,11 +90,11 @@ _DECIDED_MAX = 4096
 
 def _decide(args: tuple[Any, ...], layout: Layout) -> Decision:
     """The problem and its back end, for operator arguments in schema order."""
-    cu_seqlens_q, alibi_slopes, block_table = args[3], args[5], args[7]
+    cu_seqlens_q, alibi_slopes, block_table, sink_logits = args[3], args[5], args[7], args[_SINKS]
     scalars = args[_NUM_TENSORS:]
     request = scalars[-1] or virtual_device.request_on(args[0].device)
     batch = cu_seqlens_q is None or cu_seqlens_q.shape
-    key = (layout, scalars, request, batch, alibi_slopes is None, block_table is None)
+    key = (layout, scalars, request, batch, alibi_slopes is None, block_table is None, sink_logits is None)
     found = _decided.get(key)
     if found is None:
         q, k = args[0], args[1]
@@ -105,20 +112,20 @@ def _received(args: tuple[Any, ...]) -> tuple[Decision, AttentionInputs]:
     return _decide(args, layout), AttentionInputs._make((*args[:_NUM_TENSORS], layout))
 
 
-def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(*args: Any) -> _Forward:
     return _forward_of(layout_of(*args[:3]), args)
 
 
-def _forward_of(layout: Layout, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward_of(layout: Layout, args: tuple[Any, ...]) -> _Forward:
     decision = _decide(args, layout)
     if decision.is_empty:
         q = args[0]
-        lse = q.new_full(lse_shape(q), float("-inf"), dtype=accumulate_dtype(q.dtype))
-        return q.new_zeros((*q.shape[:-1], decision.problem.headdim_v)), lse
+        out = q.new_zeros((*q.shape[:-1], decision.problem.headdim_v))
+        return out, sinks.lse_without_keys(q, decision.problem.seqlen_q, args[3], args[_SINKS])
     return decision.run(decision.backend.forward, AttentionInputs._make((*args[:_NUM_TENSORS], layout)))
 
 
-def _forward_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward_fake(*args: Any) -> _Forward:
     q, v = args[0], args[2]
     lse = q.new_empty(lse_shape(q), dtype=accumulate_dtype(q.dtype))
     return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
@@ -126,19 +133,35 @@ def _forward_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _backward(
     dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, softmax_lse: torch.Tensor, *args: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> _Backward:
     decision, inputs = _received(args)
     if decision.is_empty:
-        return tuple(x.new_zeros(x.shape) for x in (inputs.q, inputs.k, inputs.v))  # type: ignore[return-value]
+        dq, dk, dv = (x.new_zeros(x.shape) for x in (inputs.q, inputs.k, inputs.v))
+        dsinks = None
+        if inputs.sinks is not None:
+            delta = -dlse if dlse is not None else torch.zeros_like(softmax_lse)
+            dsinks = sinks.gradient(inputs.sinks, softmax_lse, delta)
+        return dq, dk, dv, dsinks
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     return decision.run(decision.backend.backward, inputs, out, softmax_lse, dout, dlse)
 
 
+def _backward_operator(*args: Any) -> tuple[torch.Tensor, ...]:
+    dq, dk, dv, dsinks = _backward(*args)
+    return dq, dk, dv, _no_sinks(dq) if dsinks is None else dsinks
+
+
 def _backward_fake(
     dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, softmax_lse: torch.Tensor, *args: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(x.new_empty(x.shape) for x in args[:3])  # type: ignore[return-value]
+) -> tuple[torch.Tensor, ...]:
+    logits = args[_SINKS]
+    dsinks = _no_sinks(args[0]) if logits is None else logits.new_empty(logits.shape, dtype=torch.float32)
+    return (*(x.new_empty(x.shape) for x in args[:3]), dsinks)
+
+
+def _no_sinks(q: torch.Tensor) -> torch.Tensor:
+    return q.new_empty((0,), dtype=torch.float32)
 
 
 def _probs(softmax_lse: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -164,9 +187,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
     *tensors, out, softmax_lse = ctx.saved_tensors
-    unused = (None,) * (_NUM_TENSORS - 3 + len(ctx.scalars))
+    between, behind = (None,) * (_SINKS - 3), (None,) * len(ctx.scalars)
     if dout is None and dlse is None:
-        return (None, None, None, *unused)
+        return (None,) * (_NUM_TENSORS + len(behind))
     if dout is None:
         dout = torch.zeros_like(out)
     backward: Any = torch.ops.flash_rocm.attention_backward.default
@@ -174,14 +197,15 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
         backward = _DifferentiatedBackward.apply
     elif not (torch.compiler.is_compiling() or is_watched(dout)) and all(map(is_plain, (dout, out, softmax_lse))):
         backward = _backward
-    return (*backward(dout, dlse, out, softmax_lse, *tensors, *ctx.scalars), *unused)
+    dq, dk, dv, dsinks = backward(dout, dlse, out, softmax_lse, *tensors, *ctx.scalars)
+    return (dq, dk, dv, *between, None if tensors[_SINKS] is None else dsinks, *behind)
 
 
 class _Attention(torch.autograd.Function):
     """Autograd of the direct path; the dispatched path registers the same two functions."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, *args: Any) -> _Forward:
         output = _forward(*args)
         _setup_context(ctx, args, output)
         return output
@@ -228,7 +252,7 @@ def is_watched(x: torch.Tensor) -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active() or x.is_meta
 
 
-def attention_forward(args: tuple[Any, ...], layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_forward(args: tuple[Any, ...], layout: Layout) -> _Forward:
     """out and softmax_lse, differentiable.
 
     Args:
@@ -252,7 +276,7 @@ def attention_probs(*args: Any) -> torch.Tensor:
 
 for _name, _impl, _fake in (
     ("attention_forward", _forward, _forward_fake),
-    ("attention_backward", _backward, _backward_fake),
+    ("attention_backward", _backward_operator, _backward_fake),
     ("attention_probs", _probs, _probs_fake),
 ):
     _library.impl(_name, _impl, "CompositeExplicitAutograd")

@@ -67,6 +67,7 @@ class AttentionInputs(NamedTuple):
     alibi_slopes: torch.Tensor | None = None  # (nheads,) or (batch, nheads) float32
     rng_state: torch.Tensor | None = None  # (2,) int64: Philox seed and offset, dropout only
     block_table: torch.Tensor | None = None  # (batch, max_pages) int32, paged only
+    sinks: torch.Tensor | None = None  # (nheads,) float32: logits that take part in the softmax's denominator
     layout: Layout | None = None  # of q, k and v, where the caller has looked
 
     @property
@@ -137,6 +138,7 @@ class AttentionProblem:
     dropout_p: float = 0.0
     varlen: bool = False
     alibi: bool = False
+    sinks: bool = False
     page_size: int = 0  # 0: K and V are not paged
     deterministic: bool = False
     needs_grad: bool = False
@@ -181,6 +183,7 @@ class AttentionProblem:
             "softcap": self.softcap > 0.0,
             "dropout": self.dropout_p > 0.0,
             "alibi": self.alibi,
+            "sinks": self.sinks,
             "paged": self.page_size > 0,
             "deterministic": self.deterministic,
             "backward": self.needs_grad,
@@ -211,7 +214,7 @@ CACHE_FEATURES = frozenset(
 #: Every feature name :meth:`AttentionProblem.features` can return.
 FEATURES = frozenset(
     {
-        *("varlen", "causal", "window", "gqa", "headdim_v", "softcap", "dropout", "alibi"),
+        *("varlen", "causal", "window", "gqa", "headdim_v", "softcap", "dropout", "alibi", "sinks"),
         *("deterministic", "backward"),
         *CACHE_FEATURES,
     }

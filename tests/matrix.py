@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import torch
 import flash_rocm
 from flash_rocm import ops
 from flash_rocm.backends import CAPABILITIES
-from flash_rocm.problem import CACHE_FEATURES, FEATURES, AttentionProblem, layout_of
+from flash_rocm.problem import CACHE_FEATURES, FEATURES, AttentionInputs, AttentionProblem, layout_of
 from flash_rocm.testing import assert_attention_close, make_inputs, make_problem
 from flash_rocm.virtual_device import Request
 
@@ -136,6 +136,8 @@ def _fields(rng: random.Random, features: tuple[str, ...], lengths: tuple[int, i
         fields.update(softcap=rng.choice((1.5, 8.0, 30.0)))
     if "alibi" in features:
         fields.update(alibi=True)
+    if "sinks" in features:
+        fields.update(sinks=True)
     if "dropout" in features:
         fields.update(dropout_p=rng.choice((0.1, 0.17, 0.5)))
     if "deterministic" in features:
@@ -240,6 +242,18 @@ def scalars_of(problem: AttentionProblem, backend: str) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def leaves_of(inputs: AttentionInputs, requires_grad: bool = True) -> list[torch.Tensor]:
+    """q, k, v and, if they are there, sinks, as leaves of autograd."""
+    tensors = (x for x in (*inputs[:3], inputs.sinks) if x is not None)
+    return [x.detach().requires_grad_(requires_grad) for x in tensors]
+
+
+def with_leaves(inputs: AttentionInputs, leaves: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    """The operator's tensors, of which some are the leaves."""
+    sinks = leaves[3] if len(leaves) > 3 else None
+    return inputs._replace(q=leaves[0], k=leaves[1], v=leaves[2], sinks=sinks).tensors
+
+
 def run(case: Case, orders: tuple[str, ...] = ()) -> None:
     """Run one case, on the virtual GPU in each of some wave orders."""
     if not orders:
@@ -254,10 +268,10 @@ def run_once(case: Case) -> None:
     """Run one case through the operator and compare all it returns with the float64 oracle."""
     problem = case.problem
     data = make_inputs(problem, case.seed, layout=case.layout, poison=True, alibi_per_batch=case.alibi_per_batch)
-    leaves = [x.detach().requires_grad_(case.backward) for x in data.inputs[:3]]
+    leaves = leaves_of(data.inputs, case.backward)
     before = [x.clone() for x in data.inputs.tensors if x is not None]
     scalars = scalars_of(problem, case.request)
-    args = (*leaves, *data.inputs.tensors[3:], *scalars)
+    args = (*with_leaves(data.inputs, leaves), *scalars)
     out, lse = ops.attention_forward(args, layout_of(*args[:3]))
     probs = ops.attention_probs(lse.detach(), *args) if "dropout" in case.features else None
     grads = None

@@ -31,7 +31,7 @@ from calls import (
     send_back,
     starts,
 )
-from matrix import scalars_of
+from matrix import leaves_of, scalars_of, with_leaves
 
 import flash_rocm
 from flash_rocm import backends
@@ -46,6 +46,9 @@ OPCHECK_PROBLEMS: dict[str, dict[str, Any]] = {
     "varlen": dict(varlen=True, window_left=7),
     "dropout": dict(dropout_p=0.3),
     "alibi": dict(alibi=True, varlen=True),
+    "sinks": dict(sinks=True, window_right=0),
+    "sinks varlen": dict(sinks=True, varlen=True),
+    "sinks without keys": dict(sinks=True, seqlen_k=0),
     "empty": dict(seqlen_q=0),
 }
 
@@ -54,8 +57,7 @@ def operator_arguments(name: str, device: str, requires_grad: bool) -> tuple[Any
     fields = dict(dtype=dtype_on(device), device_type=device, seqlen_q=17, seqlen_k=23, needs_grad=True)
     problem = make_problem(**{**fields, **OPCHECK_PROBLEMS[name]})
     inputs = make_inputs(problem).inputs
-    leaves = [x.detach().requires_grad_(requires_grad) for x in inputs[:3]]
-    return (*leaves, *inputs.tensors[3:], *scalars_of(problem, ""))
+    return (*with_leaves(inputs, leaves_of(inputs, requires_grad)), *scalars_of(problem, ""))
 
 
 @pytest.mark.unpoisoned

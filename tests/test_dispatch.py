@@ -181,7 +181,7 @@ def test_dropout_state_of_the_raw_operator(device: str) -> None:
     inputs, scalars = make_inputs(problem).inputs, scalars_of(problem, "")
 
     def run(*state: int) -> tuple[torch.Tensor, ...]:
-        arguments = (*inputs[:6], torch.tensor(state, device=device), None, *scalars)
+        arguments = (*inputs._replace(rng_state=torch.tensor(state, device=device)).tensors, *scalars)
         out, lse = OPERATORS.attention_forward(*arguments)
         return out, lse, OPERATORS.attention_probs(lse, *arguments)
 

@@ -46,8 +46,8 @@ def _through_the_operator(
     problem: AttentionProblem, data: Case
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, Any], tuple[Any, ...]]:
     """out, softmax_lse and gradients of a problem, and the operator's arguments."""
-    leaves = [x.detach().requires_grad_() for x in data.inputs[:3]]
-    args = (*leaves, *data.inputs.tensors[3:], *matrix.scalars_of(problem, "triton"))
+    leaves = matrix.leaves_of(data.inputs)
+    args = (*matrix.with_leaves(data.inputs, leaves), *matrix.scalars_of(problem, "triton"))
     out, lse = ops.attention_forward(args, layout_of(*args[:3]))
     return (out, lse, torch.autograd.grad([out], leaves, [data.dout])), args
 

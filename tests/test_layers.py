@@ -17,6 +17,7 @@ LEAVES = frozenset(
     f"flash_rocm.{name}"
     for name in (
         *("problem", "runtime", "virtual_device", "config", "config_schema", "validation", "files", "timing", "tuned"),
+        *("sinks",),
         *("amdgpu.assembly", "amdgpu.chips"),
     )
 )

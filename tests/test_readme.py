@@ -27,6 +27,7 @@ NAMES = {
     "headdim_v": "head dim of v differs",
     "softcap": "softcap",
     "alibi": "ALiBi",
+    "sinks": "attention sinks",
     "dropout": "dropout",
     "deterministic": "deterministic",
     "paged": "paged K/V (forward)",

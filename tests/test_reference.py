@@ -44,6 +44,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "headdim_odd": dict(headdim=59, headdim_v=7),
     "softcap": dict(softcap=1.5, window_right=0),
     "alibi": dict(alibi=True, window_right=0),
+    "sinks": dict(sinks=True, window_right=0, nheads=4, nheads_k=2),
     "alibi_full": dict(alibi=True, nheads=4, nheads_k=2),
     "dropout": dict(dropout_p=0.3),
     "dropout_gqa": dict(dropout_p=0.17, nheads=4, nheads_k=2, window_right=0),
@@ -58,6 +59,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         window_right=4,
         softcap=2.0,
         alibi=True,
+        sinks=True,
         dropout_p=0.2,
         softmax_scale=0.4,
     ),
@@ -75,10 +77,11 @@ def one_thread() -> Iterator[None]:
 
 def run(
     problem: AttentionProblem, case: Case, *, use_dlse: bool = False, tile: TileSize | None = TILE
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
     out, lse = forward(problem, case.inputs, tile=tile)
     grads = backward(problem, case.inputs, out, lse, case.dout, case.dlse if use_dlse else None, tile=tile)
-    return out, lse, grads
+    assert (grads[3] is None) == (not problem.sinks)
+    return out, lse, tuple(x for x in grads if x is not None)
 
 
 def check(problem: AttentionProblem, case: Case, *, use_dlse: bool = False, tile: TileSize | None = TILE) -> None:
@@ -103,7 +106,7 @@ def test_varlen(feature: str, dtype: torch.dtype) -> None:
     check(problem, case)
     out, lse, grads = run(problem, case)
     assert not out[-EXTRA_ROWS:].any() and bool(lse[:, -EXTRA_ROWS:].isneginf().all())
-    assert not any(g[-EXTRA_ROWS:].any() for g in grads)
+    assert not any(g[-EXTRA_ROWS:].any() for g in grads[:3])
 
 
 @pytest.mark.parametrize("varlen", (False, True))
@@ -128,8 +131,11 @@ def test_float64_agrees_to_rounding(feature: str) -> None:
     case = make_inputs(problem, seed=4, alibi_per_batch=True)
     out, lse, grads = run(problem, case, use_dlse=True)
     exact = oracle_attention(case.inputs, problem, case.dout, case.dlse)
-    for actual, expected in zip((out, lse, *grads), (exact.out, exact.lse, exact.dq, exact.dk, exact.dv), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+    results, expected = (out, lse, *grads[:3]), (exact.out, exact.lse, exact.dq, exact.dk, exact.dv)
+    for actual, number in zip(results, expected, strict=True):
+        torch.testing.assert_close(actual, number, rtol=0, atol=1e-10)
+    if problem.sinks:  # float32 whatever the others are, so right to its rounding
+        torch.testing.assert_close(grads[3], exact.dsinks, rtol=6e-8, atol=0, check_dtype=False)
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -151,6 +157,7 @@ def test_random_combinations(seed: int) -> None:
         softcap=rng.choice((0.0, 3.0)),
         dropout_p=rng.choice((0.0, 0.1, 0.6)),
         alibi=rng.random() < 0.3,
+        sinks=rng.random() < 0.3,
         varlen=rng.random() < 0.5,
     )
     case = make_inputs(problem, seed, layout=rng.choice(LAYOUTS), poison=True, alibi_per_batch=rng.random() < 0.5)

@@ -25,6 +25,7 @@ FEATURE_CHANGES: dict[str, dict[str, object]] = {
     "softcap": {"softcap": 30.0},
     "dropout": {"dropout_p": 0.1},
     "alibi": {"alibi": True},
+    "sinks": {"sinks": True},
     "paged": {"varlen": True, "page_size": 16},
     "deterministic": {"deterministic": True},
     "backward": {"needs_grad": True},

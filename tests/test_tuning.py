@@ -365,8 +365,8 @@ def test_a_call_tunes_and_is_right(tmp_path: pathlib.Path, monkeypatch: pytest.M
         dtype=torch.float16, device_type="cuda", seqlen_q=150, seqlen_k=190, headdim=64, nheads=4, needs_grad=True
     )
     data = make_inputs(problem)
-    leaves = [x.detach().requires_grad_() for x in data.inputs[:3]]
-    args = (*leaves, *data.inputs.tensors[3:], *matrix.scalars_of(problem, "triton"))
+    leaves = matrix.leaves_of(data.inputs)
+    args = (*matrix.with_leaves(data.inputs, leaves), *matrix.scalars_of(problem, "triton"))
     out, lse = ops.attention_forward(args, layout_of(*args[:3]))
     grads = torch.autograd.grad([out], leaves, [data.dout])
     assert_attention_close(problem, data, out, lse, grads)

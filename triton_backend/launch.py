@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from flash_rocm import runtime, virtual_device
+from flash_rocm import runtime, sinks, virtual_device
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.problem import AttentionInputs, AttentionProblem, layout_of, lse_shape
 from flash_rocm.runtime import ConfigSource
@@ -326,11 +326,11 @@ def backward(
     softmax_lse: torch.Tensor,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv of one call; see :class:`flash_rocm.backends.Backend`.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """dq, dk, dv and dsinks of one call; see :class:`flash_rocm.backends.Backend`.
 
     Two launches: dQ, which also leaves delta in a (batch, nheads, seqlen_q) float32 buffer, then
-    dK and dV, which reads it.
+    dK and dV, which reads it.  dsinks is a sum over that buffer.
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, *_ = inputs
     out, softmax_lse = out.contiguous(), softmax_lse.contiguous()
@@ -358,7 +358,7 @@ def backward(
     )
     dq_done = KERNELS["backward_dq"].launch_known(key, [*dq_pointers, *lse_strides])
     if dq_done and KERNELS["backward_dkdv"].launch_known(key, [*dkdv_pointers, *lse_strides]):
-        return dq, dk, dv
+        return dq, dk, dv, _dsinks(inputs, softmax_lse, delta)
 
     for kernel, tensors in (("backward_dq", dq_tensors), ("backward_dkdv", dkdv_tensors)):
         known_as, settled = settle(kernel, problem, q.device, key, configs)
@@ -366,7 +366,11 @@ def backward(
             kernel, problem, settled, tensors, (q, k, v, dout), lse_strides, slopes, has_dlse=dlse is not None
         )
         KERNELS[kernel].launch_new(known_as, call)
-    return dq, dk, dv
+    return dq, dk, dv, _dsinks(inputs, softmax_lse, delta)
+
+
+def _dsinks(inputs: AttentionInputs, softmax_lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor | None:
+    return None if inputs.sinks is None else sinks.gradient(inputs.sinks, softmax_lse, delta)
 
 
 def probs(problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch.Tensor) -> torch.Tensor:

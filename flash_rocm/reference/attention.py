@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from flash_rocm import sinks
 from flash_rocm.problem import (
     AttentionInputs,
     AttentionProblem,
@@ -54,6 +55,7 @@ class _Part:
     columns: slice | None  # of the sequence in a varlen k
     first_batch: int
     slopes: torch.Tensor | None  # (1 or B, Hk, G, 1, 1)
+    sinks: torch.Tensor | None  # (1, Hk, G, 1, 1)
     rng_state: torch.Tensor | None
     tile: TileSize
 
@@ -112,8 +114,16 @@ def _slopes(problem: AttentionProblem, inputs: AttentionInputs, batch: slice) ->
     return slopes.unflatten(1, (problem.nheads_k, problem.group_size))[..., None, None]
 
 
+def _sinks(problem: AttentionProblem, inputs: AttentionInputs) -> torch.Tensor | None:
+    """Sinks as (1, Hk, G, 1, 1) in the accumulation dtype."""
+    if not problem.sinks or inputs.sinks is None:
+        return None
+    return inputs.sinks.to(accumulate_dtype(problem.dtype)).view(1, problem.nheads_k, problem.group_size, 1, 1)
+
+
 def _parts(problem: AttentionProblem, inputs: AttentionInputs, tile: TileSize | None) -> Iterator[_Part]:
     rng_state = inputs.rng_state if problem.dropout_p > 0.0 else None
+    logits = _sinks(problem, inputs)
     if not problem.varlen:
         yield _Part(
             problem,
@@ -124,6 +134,7 @@ def _parts(problem: AttentionProblem, inputs: AttentionInputs, tile: TileSize | 
             columns=None,
             first_batch=0,
             slopes=_slopes(problem, inputs, slice(None)),
+            sinks=logits,
             rng_state=rng_state,
             tile=tile or default_tile(problem.batch, problem.nheads),
         )
@@ -150,6 +161,7 @@ def _parts(problem: AttentionProblem, inputs: AttentionInputs, tile: TileSize | 
             columns=columns,
             first_batch=b,
             slopes=_slopes(problem, inputs, slice(b, b + 1)),
+            sinks=logits,
             rng_state=rng_state,
             tile=tile or default_tile(1, problem.nheads),
         )
@@ -230,7 +242,8 @@ def forward(
 
     Returns ``out``, q's shape with headdim_v, q's dtype, contiguous, and ``softmax_lse`` in fp32 (fp64
     for fp64), (batch, nheads, seqlen_q) or (nheads, total_q), natural logarithm.  A row that sees no
-    key, and a varlen row of no sequence, is 0 and -inf.  ``tile`` changes memory and speed only.
+    key is 0 and -inf (with sinks 0 and the sink), a varlen row of no sequence 0 and -inf.  ``tile``
+    changes memory and speed only.
     """
     q = inputs.q
     out = q.new_zeros(*q.shape[:-1], problem.headdim_v)
@@ -270,9 +283,17 @@ def _forward_rows(part: _Part, row: int, row_end: int) -> tuple[torch.Tensor, to
         acc = acc * decay + product(p.flatten(2, 3), v, _per_row(part, visible)).view_as(acc)
         largest = new_largest
     dead = total == 0.0
-    lse = (largest + total.log()).squeeze(-1)
+    unseen = largest.new_tensor(-_INF)
+    if part.sinks is not None:
+        # Joins like a key, but one without a value.
+        unseen, new_largest = part.sinks, torch.maximum(largest, part.sinks)
+        base = new_largest.masked_fill(new_largest == -_INF, 0.0)
+        decay = (largest - base).exp_()
+        total = total * decay + (part.sinks - base).exp_()
+        acc, largest = acc * decay, new_largest
+    lse = torch.where(dead, unseen, largest + total.log()).squeeze(-1)
     acc = acc.mul_(_rescale(problem)).div_(total.masked_fill(dead, 1.0))
-    return acc.masked_fill_(dead, 0.0), lse.masked_fill_(dead.squeeze(-1), -_INF)
+    return acc.masked_fill_(dead, 0.0), lse
 
 
 @_outside_autograd_and_autocast
@@ -285,8 +306,9 @@ def backward(
     dlse: torch.Tensor | None = None,
     *,
     tile: TileSize | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients ``(dq, dk, dv)`` with the shapes and the dtype of q, k and v, contiguous.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients ``(dq, dk, dv, dsinks)``: of the shapes and the dtype of q, k and v, contiguous; dsinks
+    (nheads,) float32, or None without sinks.
 
     ``out`` and ``softmax_lse`` are those of :func:`forward`; ``dout`` has the shape of ``out``,
     ``dlse`` that of ``softmax_lse``.  Raises ``NotImplementedError`` for a paged problem.
@@ -297,11 +319,13 @@ def backward(
         )
     q, k, v = inputs.q, inputs.k, inputs.v
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    offsets = torch.zeros_like(softmax_lse)
     for part in _parts(problem, inputs, tile):
         dq_part = part.of_queries(dq)
         dk_acc = part.k.new_zeros(part.k.shape, dtype=part.dtype)
         dv_acc = part.v.new_zeros(part.v.shape, dtype=part.dtype)
         out_part, dout_part, lse_part = part.of_queries(out), part.of_queries(dout), part.of_lse(softmax_lse)
+        offset_part = part.of_lse(offsets)
         dlse_part = None if dlse is None else part.of_lse(dlse)
         for row, row_end in part.row_tiles():
             rows = slice(row, row_end)
@@ -310,11 +334,13 @@ def backward(
             offset = (dout_rows * out_part[..., rows, :]).sum(-1)
             if dlse_part is not None:
                 offset -= dlse_part[..., rows]
+            offset_part[..., rows] = offset
             dq_rows = _backward_rows(part, rows, dout_rows, lse_part[..., rows], offset, dk_acc, dv_acc)
             dq_part[..., rows, :] = dq_rows.to(q.dtype)
         part.of_keys(dk)[...] = dk_acc.to(k.dtype)
         part.of_keys(dv)[...] = dv_acc.to(v.dtype)
-    return dq, dk, dv
+    dsinks = None if inputs.sinks is None else sinks.gradient(inputs.sinks, softmax_lse, offsets)
+    return dq, dk, dv, dsinks
 
 
 def _backward_rows(

@@ -93,15 +93,21 @@ def assert_attention_close(
 ) -> dict[str, Comparison]:
     """Compare every given result of a call with the oracle; ``use_dlse``: ``grads`` include ``case.dlse``.
 
-    Returns error and allowed error of each result by name (out, lse, dq, dk, dv, probs).
+    ``grads`` are dq, dk, dv and, with sinks, dsinks.
+    Returns error and allowed error of each result by name (out, lse, dq, dk, dv, dsinks, probs).
     """
     dout = None if grads is None else case.dout
     dlse = case.dlse if use_dlse else None
     exact = oracle_attention(case.inputs, problem, dout, dlse)
     plain = oracle_attention(case.inputs, problem, dout, dlse, upcast=False)
-    results = {"out": (out, "output"), "lse": (softmax_lse, "lse"), "probs": (probs, "output")}
+    results: dict[str, tuple[torch.Tensor | None, str]] = {
+        "out": (out, "output"),
+        "lse": (softmax_lse, "lse"),
+        "probs": (probs, "output"),
+    }
     if grads is not None:
-        results.update(zip(("dq", "dk", "dv"), ((g, "gradient") for g in grads), strict=True))
+        names = ("dq", "dk", "dv", "dsinks") if problem.sinks else ("dq", "dk", "dv")
+        results.update(zip(names, ((g, "gradient") for g in grads), strict=True))
     found = {}
     for name, (actual, kind) in results.items():
         if actual is None:
@@ -113,6 +119,13 @@ def assert_attention_close(
             kind,
             name,
             rounding=exact.rounding.get(name, 0.0),
-            dtype=accumulate_dtype(problem.dtype) if kind == "lse" else problem.dtype,
+            dtype=_dtype_of(name, problem),
         )
     return found
+
+
+def _dtype_of(name: str, problem: AttentionProblem) -> torch.dtype:
+    """dtype of a result."""
+    if name == "dsinks":
+        return torch.float32
+    return accumulate_dtype(problem.dtype) if name == "lse" else problem.dtype

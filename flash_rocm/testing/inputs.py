@@ -98,14 +98,15 @@ def make_inputs(
     if p.alibi:
         shape = (p.batch, p.nheads) if alibi_per_batch else (p.nheads,)
         slopes = torch.rand(shape, generator=generator, dtype=torch.float32)
+    sinks = torch.randn(p.nheads, generator=generator, dtype=torch.float32) * 2 + 2 if p.sinks else None
     if p.dropout_p > 0.0:
         state = torch.tensor([seed * 0x1_2345_6789 + 0x2_0000_0001, seed % 1000 + 7], dtype=torch.int64)
     fill = float("nan") if poison else 0.0
     device = torch.device(device or p.device_type)
     q, k, v = _place([x.to(device) for x in (q, k, v)], layout, fill)
     (dout,) = _place([dout.to(device)], layout, fill)
-    cu_q, cu_k, slopes, state, table = (None if x is None else x.to(device) for x in (cu_q, cu_k, slopes, state, table))
-    return Case(AttentionInputs(q, k, v, cu_q, cu_k, slopes, state, table), dout, dlse.to(device))
+    others = [None if x is None else x.to(device) for x in (cu_q, cu_k, slopes, state, table, sinks)]
+    return Case(AttentionInputs._make((q, k, v, *others, None)), dout, dlse.to(device))
 
 
 def _lengths(generator: torch.Generator, batch: int, longest: int, given: Sequence[int] | None, name: str) -> list[int]:

@@ -35,6 +35,7 @@ class Oracle:
     dq: torch.Tensor | None = None
     dk: torch.Tensor | None = None
     dv: torch.Tensor | None = None
+    dsinks: torch.Tensor | None = None  # without sinks None, too
     rounding: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -44,6 +45,7 @@ class _Sequence(NamedTuple):
     out: torch.Tensor  # (Sq, H, Dv)
     lse: torch.Tensor  # (H, Sq)
     p: torch.Tensor  # (H, Sq, Sk) softmax
+    p_sink: torch.Tensor  # (H, Sq) what the sink takes of the softmax
     kept: torch.Tensor  # (H, Sq, Sk) bool
     slope: torch.Tensor | float  # derivative of the softcap
     visible: torch.Tensor  # (Sq, Sk)
@@ -67,6 +69,7 @@ def oracle_attention(
     p = problem
     dtype = torch.float64 if upcast else (torch.float32 if p.dtype == torch.float64 else p.dtype)
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs[:3])
+    sinks = inputs.sinks.detach().to(dtype).requires_grad_() if p.sinks and inputs.sinks is not None else None
     out = q.new_zeros(*q.shape[:-1], p.headdim_v)
     lse = q.new_full(lse_shape(q), float("-inf"))
     probs = q.new_zeros(p.batch, p.nheads, p.seqlen_q, p.seqlen_k)
@@ -75,7 +78,7 @@ def oracle_attention(
         rows, cols = _rows(inputs.cu_seqlens_q, b), _rows(inputs.cu_seqlens_k, b)
         q_b, k_b, v_b = q[rows], _tokens(k, inputs, cols, b), _tokens(v, inputs, cols, b)
         k_b, v_b = (x.repeat_interleave(p.nheads // p.nheads_k, dim=1) for x in (k_b, v_b))
-        result = _naive_sequence(p, inputs, b, q_b, k_b, v_b)
+        result = _naive_sequence(p, inputs, b, q_b, k_b, v_b, sinks)
         lse_rows = (slice(None), rows) if p.varlen else b
         out[rows] = result.out
         lse[lse_rows] = result.lse
@@ -85,11 +88,15 @@ def oracle_attention(
             send = None if dout is None else dout[rows].to(dtype)
             send_lse = None if dlse is None else dlse[lse_rows].to(dtype)
             for name, value in _roundings(p, q_b, k_b, v_b, result, send, send_lse).items():
-                rounding[name] = max(value, rounding.get(name, 0.0))
-    dq = dk = dv = None
+                # All sequences add to the gradient of a sink.
+                known = rounding.get(name, 0.0)
+                rounding[name] = known + value if name == "dsinks" else max(value, known)
+    grads: list[torch.Tensor] = []
     if dout is not None:
-        dq, dk, dv = _gradients(problem, inputs, (q, k, v), (out, lse), dout, dlse)
-    return Oracle(out.detach(), lse.detach(), probs, dq, dk, dv, rounding)
+        leaves = (q, k, v) if sinks is None else (q, k, v, sinks)
+        grads = _gradients(problem, inputs, leaves, (out, lse), dout, dlse)
+    by_name = dict(zip(("dq", "dk", "dv", "dsinks"), grads, strict=False))
+    return Oracle(out.detach(), lse.detach(), probs, rounding=rounding, **by_name)
 
 
 def _gradients(
@@ -131,7 +138,13 @@ def _tokens(x: torch.Tensor, inputs: AttentionInputs, rows: Any, b: int) -> torc
 
 
 def _naive_sequence(
-    problem: AttentionProblem, inputs: AttentionInputs, b: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    problem: AttentionProblem,
+    inputs: AttentionInputs,
+    b: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
 ) -> _Sequence:
     sq, sk = q.shape[0], k.shape[0]
     i = torch.arange(sq, device=q.device)[:, None]
@@ -150,17 +163,21 @@ def _naive_sequence(
         visible = visible & (j >= diagonal - problem.window_left)
     if problem.window_right >= 0:
         visible = visible & (j <= diagonal + problem.window_right)
-    alive = visible.any(-1)  # (Sq,)
+    logits = q.new_full((q.shape[1],), float("-inf")) if sinks is None else sinks
+    alive = visible.any(-1) | (logits > float("-inf"))[:, None]  # (H, Sq)
     # A dead row is computed as if nothing were masked, so that autograd sees no NaN, and then erased.
-    scores = scores.masked_fill(~visible & alive[:, None], float("-inf"))
+    scores = scores.masked_fill(~visible & alive[..., None], float("-inf"))
+    # The sink is a last column without a value.
+    scores = torch.cat((scores, logits[:, None, None].expand(-1, sq, 1)), dim=-1)
     lse = torch.logsumexp(scores, dim=-1).masked_fill(~alive, float("-inf"))
-    p = torch.softmax(scores, dim=-1).masked_fill(~alive[:, None], 0.0)
+    whole = torch.softmax(scores, dim=-1).masked_fill(~alive[..., None], 0.0)
+    p, p_sink = whole[..., :sk], whole[..., sk]
     kept, dropped = torch.ones_like(p, dtype=torch.bool), p
     if problem.dropout_p > 0.0 and inputs.rng_state is not None:
         kept = oracle_keep(inputs.rng_state, problem, b, sq, sk)
         dropped = p * kept.to(q.dtype) / (1.0 - problem.dropout_p)
     out = torch.einsum("hij,jhd->ihd", dropped, v)
-    return _Sequence(out, lse, p, kept, slope, visible)
+    return _Sequence(out, lse, p, p_sink, kept, slope, visible)
 
 
 @torch.no_grad()
@@ -213,4 +230,9 @@ def _roundings(
         bands["dq"] += torch.einsum("hij,jhd->ihd", ds * row, k.abs()).max()
         bands["dk"] += by_kv_head(torch.einsum("hij,ihd->jhd", ds * row, q.abs())).max()
         bands["dv"] += by_kv_head(torch.einsum("hij,ihd->jhd", p_dropped * row, dout.abs())).max()
+        sent = (dout * result.out).abs().sum(-1).T + (0.0 if dlse is None else dlse.abs())  # (H, Sq)
+        bands["dsinks"] = largest((result.p_sink * sent).sum(-1), dim_v + sq * problem.batch)
+        bands["dsinks"] += (result.p_sink * lost).sum(-1).abs().max() + (result.p_sink * sent * row[..., 0]).sum(
+            -1
+        ).max()
     return {name: float(band) for name, band in bands.items()}
