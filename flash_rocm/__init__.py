@@ -1,7 +1,6 @@
 """flash_rocm: FlashAttention for AMD GPUs first, two kernel back ends behind one interface."""
 
 from flash_rocm.api import (
-    explain,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -10,6 +9,7 @@ from flash_rocm.api import (
     flash_attn_varlen_qkvpacked_func,
 )
 from flash_rocm.backends import BackendError
+from flash_rocm.explanation import explain
 from flash_rocm.inference import flash_attn_combine, flash_attn_with_kvcache
 from flash_rocm.runtime import use_backend
 from flash_rocm.virtual_device import virtual_gpu

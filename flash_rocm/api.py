@@ -34,8 +34,9 @@ from typing import Any
 
 import torch
 
-from flash_rocm import backends, ops, runtime, validation, virtual_device
-from flash_rocm.problem import AttentionInputs, Layout, default_softmax_scale
+from flash_rocm import ops, runtime, validation, virtual_device
+from flash_rocm.inference import attend_pages
+from flash_rocm.problem import Layout, default_softmax_scale
 
 AttentionResult = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -65,7 +66,7 @@ def flash_attn_func(
     """
     # Asked here already, because this is the call whose host time small inputs feel.
     if not q.is_cuda or torch.is_autocast_enabled("cuda"):
-        q, k, v = _autocast(q, k, v)
+        q, k, v = autocast(q, k, v)
     layout = validation.check_qkv(q, k, v, 4, 4)
     batch, seqlen_q, _, _ = layout.q_shape
     if alibi_slopes is not None:
@@ -75,7 +76,6 @@ def flash_attn_func(
     return _attend(
         layout,
         inputs,
-        None,
         lengths,
         dropout_p,
         softmax_scale,
@@ -163,14 +163,33 @@ def flash_attn_varlen_func(
         cu_seqlens_k: likewise for k.
         max_seqlen_q: the longest query sequence, a host number.
         max_seqlen_k: the longest key sequence.
-        block_table: (batch, max_pages) int32, page numbers of each sequence.  Forward only.
+        block_table: (batch, max_pages) int32, page numbers of each sequence, pages of any size.  Forward only,
+            without dropout; queries of one token and of many may be in one batch.
 
     The other arguments, the result and the errors are described in the module docstring.  Rows of
     q beyond cu_seqlens_q[-1] give out 0, softmax_lse -inf and gradient 0.
     """
-    q, k, v = _autocast(q, k, v)
-    layout = validation.check_qkv(q, k, v, 3, 3 if block_table is None else 4)
-    validation.check_varlen(q, cu_seqlens_q, cu_seqlens_k, block_table)
+    q, k, v = autocast(q, k, v)
+    if block_table is not None:
+        return attend_pages(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            block_table,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            return_attn_probs,
+        )
+    layout = validation.check_qkv(q, k, v, 3, 3)
+    validation.check_varlen(q, cu_seqlens_q, cu_seqlens_k)
     if alibi_slopes is not None:
         validation.check_alibi(alibi_slopes, q, cu_seqlens_q.shape[0] - 1)
     lengths = (
@@ -181,7 +200,6 @@ def flash_attn_varlen_func(
     return _attend(
         layout,
         inputs,
-        block_table,
         lengths,
         dropout_p,
         softmax_scale,
@@ -272,73 +290,7 @@ def flash_attn_varlen_qkvpacked_func(
     )
 
 
-def explain(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    block_table: torch.Tensor | None = None,
-    arch: runtime.Arch | None = None,
-) -> backends.Explanation:
-    """Which back end a call with these arguments takes, and for every other one each reason why not.
-
-    Takes the arguments of :func:`flash_attn_func` or :func:`flash_attn_varlen_func` (tensors may be
-    on the ``meta`` device).  Nothing runs.
-
-    Args:
-        arch: judge for another device, such as ``runtime.amd_arch("gfx942", 304)``; default: q's.
-
-    Raises:
-        ValueError: the arguments are wrong.  A call that no back end can run does not raise here.
-    """
-    q, k, v = _autocast(q, k, v)
-    varlen_only = {
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "block_table": block_table,
-    }
-    if cu_seqlens_q is None:
-        for name, value in varlen_only.items():
-            if value is not None:
-                raise validation.invalid(name, "None without cu_seqlens_q", "a value", "a varlen call needs both.")
-        validation.check_qkv(q, k, v, 4, 4)
-        batch, max_seqlen_q, max_seqlen_k = q.shape[0], q.shape[1], k.shape[1]
-    else:
-        if cu_seqlens_k is None:
-            raise validation.invalid("cu_seqlens_k", "a tensor like cu_seqlens_q", None)
-        validation.check_qkv(q, k, v, 3, 3 if block_table is None else 4)
-        validation.check_varlen(q, cu_seqlens_q, cu_seqlens_k, block_table)
-        batch = cu_seqlens_q.shape[0] - 1
-        max_seqlen_q = validation.check_max_seqlen("max_seqlen_q", q.shape[0] if max_seqlen_q is None else max_seqlen_q)
-        total_k = k.shape[0] if block_table is None else block_table.shape[1] * k.shape[1]
-        max_seqlen_k = validation.check_max_seqlen("max_seqlen_k", total_k if max_seqlen_k is None else max_seqlen_k)
-    if alibi_slopes is not None:
-        validation.check_alibi(alibi_slopes, q, batch)
-    scale = default_softmax_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
-    left, right = validation.check_scalars(dropout_p, scale, window_size, softcap)
-    lengths = (max_seqlen_q, max_seqlen_k)
-    scalars = (*lengths, scale, left, 0 if causal else right, softcap, dropout_p, deterministic, _needs_grad(q, k, v))
-    problem = ops.problem_of(
-        AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, None, block_table), (*scalars, "")
-    )
-    return backends.explain_problem(
-        problem, virtual_device.arch_of(q.device) if arch is None else arch, runtime.requested_backend()
-    )
-
-
-def _autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Under autocast attention runs in the autocast dtype, like torch's own SDPA."""
     device_type = "cuda" if q.is_cuda else q.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
@@ -349,7 +301,7 @@ def _autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.
     return q, k, v
 
 
-def _needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None) -> bool:
+def needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None) -> bool:
     return torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     )
@@ -366,7 +318,6 @@ def _draw_rng_state(device: torch.device) -> torch.Tensor:
 def _attend(
     layout: Layout,
     inputs: tuple[Any, ...],
-    block_table: torch.Tensor | None,
     lengths: tuple[int, int],
     dropout_p: float,
     softmax_scale: float | None,
@@ -385,7 +336,6 @@ def _attend(
     args = (
         *inputs,
         _draw_rng_state(q.device) if dropout_p > 0.0 else None,
-        block_table,
         sinks,
         *lengths,
         scale,
@@ -394,7 +344,7 @@ def _attend(
         float(softcap),
         float(dropout_p),
         bool(deterministic),
-        _needs_grad(q, k, v, sinks),
+        needs_grad(q, k, v, sinks),
         # Eager calls pin their choice for the backward; graphs leave the environment to run time.
         runtime.override() if traced else virtual_device.request_on(q.device),
     )

@@ -90,7 +90,7 @@ TRITON = Capability(
     dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
     max_headdim=512,
     max_headdim_cached=576,
-    features=FEATURES - {"sinks"},
+    features=FEATURES,
     archs=TRITON_AMD_ARCHS,
     minimum_sm=80,
 )

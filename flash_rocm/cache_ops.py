@@ -70,6 +70,7 @@ def problem_of(inputs: CacheInputs, scalars: tuple[Any, ...]) -> AttentionProble
         softcap=softcap,
         varlen=inputs.cu_seqlens_q is not None,
         alibi=inputs.alibi_slopes is not None,
+        sinks=inputs.sinks is not None,
         page_size=k.shape[1] if inputs.block_table is not None else 0,
         cached=True,
         seqlen_new=max_new,

@@ -25,10 +25,9 @@ def check_inputs(inputs: CacheInputs, names: dict[str, str]) -> None:
         return names.get(field, field)
 
     q, k, v = inputs.q, inputs.k, inputs.v
-    packed = inputs.cu_seqlens_k is not None
     _check_rank(name("q"), q, 3 if inputs.cu_seqlens_q is not None else 4)
     for field, x in (("k", k), ("v", v)):
-        _check_rank(name(field), x, 3 if packed else 4)
+        _check_rank(name(field), x, 3 if inputs.is_packed else 4)
     if q.dtype not in FLOAT_DTYPES:
         raise invalid(name("q"), "float16, bfloat16, float32 or float64", q.dtype, "cast the inputs.")
     batch = q.shape[0] if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.shape[0] - 1
@@ -118,7 +117,7 @@ def _check_new(inputs: CacheInputs, batch: int, name: _Name) -> None:
             raise invalid("cu_seqlens_k_new", f"None without {name('k_new')}", "a tensor")
         return
     if inputs.cu_seqlens_k is not None:
-        raise invalid(name("k_new"), "None with packed keys (cu_seqlens_k)", "a tensor")
+        raise invalid(name("k_new"), "None with cu_seqlens_k, whose sequences have no room", "a tensor")
     if inputs.seqused_k is None:
         hint = "where the new tokens go."
         raise invalid(name("seqused_k"), "the lengths of the cache, as new tokens are given", None, hint)
@@ -161,10 +160,10 @@ def _check_places(inputs: CacheInputs, batch: int, name: _Name) -> None:
     """Cache entries and pages."""
     table, k = inputs.block_table, inputs.k
     if table is None:
-        if inputs.cu_seqlens_k is None and inputs.cache_batch_idx is None and k.shape[0] != batch:
+        if not inputs.is_packed and inputs.cache_batch_idx is None and k.shape[0] != batch:
             hint = "cache_batch_idx names the entries of a larger cache."
             raise invalid(name("k"), f"{batch} cache entries, like q's batch", k.shape[0], hint)
-        if inputs.cu_seqlens_k is not None and inputs.cache_batch_idx is not None:
+        if inputs.is_packed and inputs.cache_batch_idx is not None:
             raise invalid(name("cache_batch_idx"), "None with packed keys", "a tensor")
         return
     label = name("block_table")

@@ -180,6 +180,57 @@ class _WithoutBackward(torch.autograd.Function):
         )
 
 
+def dropout_over_pages(dropout_p: float) -> NotImplementedError:
+    """The error for dropout in a call over pages, which serve inference."""
+    return NotImplementedError(f"dropout_p: expected 0 with block_table, got {dropout_p}. Hint: pass 0.0.")
+
+
+def attend_pages(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_table: torch.Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    return_attn_probs: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`flash_rocm.flash_attn_varlen_func` over pages."""
+    if dropout_p != 0.0:
+        validation.check_scalars(dropout_p, 1.0, window_size, softcap)
+        raise dropout_over_pages(dropout_p)
+    inputs = CacheInputs(
+        q=q,
+        k=k,
+        v=v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        block_table=block_table,
+        alibi_slopes=alibi_slopes,
+    )
+    out, softmax_lse = attend_cached(
+        inputs,
+        {},
+        validation.check_max_seqlen("max_seqlen_q", max_seqlen_q),
+        validation.check_max_seqlen("max_seqlen_k", max_seqlen_k),
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        0,
+        False,
+        0,
+    )
+    return (out, softmax_lse, q.new_empty((0,))) if return_attn_probs else out
+
+
 def flash_attn_combine(
     out_partial: torch.Tensor,
     lse_partial: torch.Tensor,

@@ -29,15 +29,15 @@ from flash_rocm.problem import (
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "
-    "Tensor? rng_state, Tensor? block_table, Tensor? sinks"
+    "Tensor? rng_state, Tensor? sinks"
 )
 # backend: "" reads the environment when the operator runs, so that compiled graphs do not freeze it.
 _SCALARS = (
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, SymInt window_left, SymInt window_right, "
     "float softcap, float dropout_p, bool deterministic, bool needs_grad, str backend"
 )
-_NUM_TENSORS = 9
-_SINKS = 8
+_NUM_TENSORS = 8
+_SINKS = 7
 
 #: out and softmax_lse.
 _Forward = tuple[torch.Tensor, torch.Tensor]
@@ -76,7 +76,6 @@ def problem_of(inputs: AttentionInputs, scalars: tuple[Any, ...]) -> AttentionPr
         varlen,
         inputs.alibi_slopes is not None,
         inputs.sinks is not None,
-        k.shape[1] if inputs.block_table is not None else 0,
         deterministic,
         needs_grad,
     )
@@ -90,11 +89,11 @@ _DECIDED_MAX = 4096
 
 def _decide(args: tuple[Any, ...], layout: Layout) -> Decision:
     """The problem and its back end, for operator arguments in schema order."""
-    cu_seqlens_q, alibi_slopes, block_table, sink_logits = args[3], args[5], args[7], args[_SINKS]
+    cu_seqlens_q, alibi_slopes, sink_logits = args[3], args[5], args[_SINKS]
     scalars = args[_NUM_TENSORS:]
     request = scalars[-1] or virtual_device.request_on(args[0].device)
     batch = cu_seqlens_q is None or cu_seqlens_q.shape
-    key = (layout, scalars, request, batch, alibi_slopes is None, block_table is None, sink_logits is None)
+    key = (layout, scalars, request, batch, alibi_slopes is None, sink_logits is None)
     found = _decided.get(key)
     if found is None:
         q, k = args[0], args[1]

@@ -56,7 +56,7 @@ class AttentionInputs(NamedTuple):
 
     Dense: ``q`` (batch, seqlen_q, nheads, headdim), ``k`` (batch, seqlen_k, nheads_k, headdim),
     ``v`` (batch, seqlen_k, nheads_k, headdim_v).  Varlen: ``q`` (total_q, nheads, headdim), ``k``
-    and ``v`` likewise with total_k, or, when paged, (num_pages, page_size, nheads_k, headdim).
+    and ``v`` likewise with total_k.
     """
 
     q: torch.Tensor
@@ -66,7 +66,6 @@ class AttentionInputs(NamedTuple):
     cu_seqlens_k: torch.Tensor | None = None  # (batch + 1,) int32, varlen only
     alibi_slopes: torch.Tensor | None = None  # (nheads,) or (batch, nheads) float32
     rng_state: torch.Tensor | None = None  # (2,) int64: Philox seed and offset, dropout only
-    block_table: torch.Tensor | None = None  # (batch, max_pages) int32, paged only
     sinks: torch.Tensor | None = None  # (nheads,) float32: logits that take part in the softmax's denominator
     layout: Layout | None = None  # of q, k and v, where the caller has looked
 
@@ -81,7 +80,7 @@ class CacheInputs(NamedTuple):
 
     ``q`` is (batch, seqlen_q, nheads, headdim), or with ``cu_seqlens_q`` (total_q, nheads, headdim).
     ``k`` and ``v`` are a cache (entries, capacity, nheads_k, headdim), or pages (num_pages, page_size, nheads_k,
-    headdim), or with ``cu_seqlens_k`` packed sequences (total_k, nheads_k, headdim); v has headdim_v.
+    headdim), or with ``cu_seqlens_k`` and no pages packed sequences (total_k, nheads_k, headdim); v has headdim_v.
     """
 
     q: torch.Tensor
@@ -109,7 +108,12 @@ class CacheInputs(NamedTuple):
         """Keys that a sequence may have."""
         if self.block_table is not None:
             return self.block_table.shape[1] * self.k.shape[1]
-        return self.k.shape[0] if self.cu_seqlens_k is not None else self.k.shape[1]
+        return self.k.shape[0] if self.is_packed else self.k.shape[1]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether k and v are packed sequences."""
+        return self.cu_seqlens_k is not None and self.block_table is None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -139,11 +143,11 @@ class AttentionProblem:
     varlen: bool = False
     alibi: bool = False
     sinks: bool = False
-    page_size: int = 0  # 0: K and V are not paged
     deterministic: bool = False
     needs_grad: bool = False
     # Calls over a K/V cache, which have no backward.
     cached: bool = False
+    page_size: int = 0  # 0: K and V are not paged
     seqlen_new: int = 0  # tokens to append; varlen: the most that one sequence gets
     rotary_dim: int = 0
     rotary_interleaved: bool = False

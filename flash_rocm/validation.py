@@ -169,24 +169,11 @@ def _whole_number(name: str, value: object) -> int:
         raise invalid(name, "an int", f"{value!r} ({type(value).__name__})") from None
 
 
-def check_varlen(
-    q: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, block_table: torch.Tensor | None
-) -> None:
-    """cu_seqlens and block_table of one varlen call."""
+def check_varlen(q: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> None:
+    """cu_seqlens of one varlen call."""
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise invalid(
             "cu_seqlens_k", f"shape {tuple(cu_seqlens_q.shape)}, like cu_seqlens_q", tuple(cu_seqlens_k.shape)
         )
-    if block_table is None:
-        return
-    batch = cu_seqlens_q.shape[0] - 1
-    if block_table.dtype != torch.int32 or block_table.dim() != 2 or block_table.shape[0] != batch:
-        raise invalid(
-            "block_table",
-            f"int32 of shape ({batch}, max_pages)",
-            f"{block_table.dtype} of shape {tuple(block_table.shape)}",
-        )
-    if block_table.device != q.device:
-        raise invalid("block_table", f"device {q.device}, like q", block_table.device)

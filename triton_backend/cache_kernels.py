@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .common import (
     LN2,
+    LOG2E,
     between,
     dot,
     load_slope,
@@ -355,6 +356,16 @@ def attn_cache_kernel(
         HEADDIM, HEADDIM_V, HEADDIM_2, BLOCK_D, BLOCK_DV, BLOCK_D2, BLOCK_N, PAGE_SIZE, WHOLE_PAGES, VEC, WIDE,
         True, MASK_LEFT or CHUNK, RAW_SCALE, SOFTCAP, ALIBI, TIES_UP, V_IS_K2, CHECKED,
     )  # fmt: skip
+
+    if sinks_ptr is not None:
+        # The first split counts it for all: weighed by its LSE, the combination is right without knowing.
+        sink = tl.load(sinks_ptr + heads).to(tl.float32) * LOG2E
+        sink = tl.where(split == 0, sink, float("-inf"))
+        new_max = tl.maximum(row_max, sink)
+        subtract = tl.where(new_max == float("-inf"), 0.0, new_max)
+        acc = acc * tl.exp2(row_max - subtract)[:, None]
+        row_sum = row_sum * tl.exp2(row_max - subtract) + tl.exp2(sink - subtract)
+        row_max = new_max
 
     # As in the forward kernel: a row without a key, and one that sees nothing but NaN.
     dead = (row_max == float("-inf")) & (row_sum == 0.0)

@@ -32,7 +32,6 @@ from flash_rocm.problem import (
     dropout_threshold,
     lse_shape,
 )
-from flash_rocm.reference.kvcache import gather_paged
 from flash_rocm.reference.philox import keep_mask
 from flash_rocm.reference.tiles import Tile, TileSize, default_tile, key_tiles, product, visible_in
 
@@ -144,19 +143,11 @@ def _parts(problem: AttentionProblem, inputs: AttentionInputs, tile: TileSize | 
     starts_q, starts_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
     for b in range(problem.batch):
         rows, columns = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
-        if problem.page_size:
-            if inputs.block_table is None:
-                raise ValueError("block_table: expected a tensor for a paged problem, got None")
-            pages, length = inputs.block_table[b : b + 1], [starts_k[b + 1] - starts_k[b]]
-            k = _key_view(gather_paged(inputs.k, pages, length)[None], None)
-            v = _key_view(gather_paged(inputs.v, pages, length)[None], None)
-        else:
-            k, v = _key_view(inputs.k, columns), _key_view(inputs.v, columns)
         yield _Part(
             problem,
             _query_view(inputs.q, rows, problem),
-            k,
-            v,
+            _key_view(inputs.k, columns),
+            _key_view(inputs.v, columns),
             rows=rows,
             columns=columns,
             first_batch=b,
@@ -311,12 +302,8 @@ def backward(
     (nheads,) float32, or None without sinks.
 
     ``out`` and ``softmax_lse`` are those of :func:`forward`; ``dout`` has the shape of ``out``,
-    ``dlse`` that of ``softmax_lse``.  Raises ``NotImplementedError`` for a paged problem.
+    ``dlse`` that of ``softmax_lse``.
     """
-    if problem.page_size:
-        raise NotImplementedError(
-            f"page_size: expected 0 in backward, got {problem.page_size}; a paged K/V cache has no gradient"
-        )
     q, k, v = inputs.q, inputs.k, inputs.v
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     offsets = torch.zeros_like(softmax_lse)

@@ -13,6 +13,7 @@ import torch
 from flash_rocm.problem import AttentionInputs, AttentionProblem, CacheInputs, accumulate_dtype, lse_shape
 from flash_rocm.reference.attention import forward
 from flash_rocm.reference.kvcache import append_kv, apply_rotary, combine_splits
+from flash_rocm.sinks import lse_without_keys
 
 
 class _Lengths(NamedTuple):
@@ -44,6 +45,8 @@ def _lengths(problem: AttentionProblem, inputs: CacheInputs) -> list[_Lengths]:
         if used_q is not None:
             end = min(end, first + used_q[b])
         start_k, end_k = (0, problem.seqlen_k) if starts_k is None else (starts_k[b], starts_k[b + 1])
+        if not inputs.is_packed:
+            start_k, end_k = 0, end_k - start_k
         new = slice(0, problem.seqlen_new) if starts_new is None else slice(starts_new[b], starts_new[b + 1])
         cached = end_k - start_k if used_k is None else used_k[b]
         found.append(_Lengths(slice(first, end), start_k, cached, new, leftpad[b] if leftpad else 0))
@@ -84,7 +87,7 @@ def _tokens(x: torch.Tensor, b: int, rows: slice, cu_seqlens: torch.Tensor | Non
 
 def _keys(x: torch.Tensor, inputs: CacheInputs, b: int, keys: slice) -> torch.Tensor:
     """(rows, nheads_k, dim) of one sequence of k or v."""
-    if inputs.cu_seqlens_k is not None:
+    if inputs.is_packed:
         return x[keys]
     if inputs.block_table is None:
         return x[b if inputs.cache_batch_idx is None else int(inputs.cache_batch_idx[b]), keys]
@@ -98,7 +101,7 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
 
     Shapes and conventions are those of :func:`flash_rocm.reference.forward`; a row of no sequence is 0 and -inf.
     """
-    q, head_rows = inputs.q, problem.varlen
+    q = inputs.q
     out = q.new_zeros(*q.shape[:-1], problem.headdim_v)
     lse = torch.full(lse_shape(q), float("-inf"), dtype=accumulate_dtype(q.dtype), device=q.device)
     for b, lengths in enumerate(_lengths(problem, inputs)):
@@ -111,12 +114,13 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
         slopes = inputs.alibi_slopes
         slopes = slopes[b] if slopes is not None and slopes.dim() == 2 else slopes
         one = _one_sequence(problem, rows, k)
-        one_inputs = AttentionInputs(rows[None], k[None], v[None], alibi_slopes=slopes)
-        out_b, lse_b = forward(one, one_inputs) if rows.numel() and k.numel() else (None, None)
-        if out_b is None or lse_b is None:
-            continue
-        out[(lengths.rows,) if head_rows else (b, lengths.rows)] = out_b[0]
-        lse[(slice(None), lengths.rows) if head_rows else (b, slice(None), lengths.rows)] = lse_b[0]
+        one_inputs = AttentionInputs(rows[None], k[None], v[None], alibi_slopes=slopes, sinks=inputs.sinks)
+        if rows.numel() and k.numel():
+            out_b, lse_b = forward(one, one_inputs)
+            out[lengths.rows if problem.varlen else (b, lengths.rows)] = out_b[0]
+        else:
+            lse_b = lse_without_keys(rows[None], rows.shape[0], None, inputs.sinks)
+        lse[(slice(None), lengths.rows) if problem.varlen else (b, slice(None), lengths.rows)] = lse_b[0]
     return out, lse
 
 

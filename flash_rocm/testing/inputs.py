@@ -57,13 +57,13 @@ def make_inputs(
             when their lengths differ from q's); ``bhsd``: heads outside of positions; ``padded``: cut out
             of a larger tensor in every dimension; ``strided``: also a stride of 2 in the head dimension.
         poison: NaN in all memory that belongs to no element: around padded and strided tensors, in
-            ``EXTRA_ROWS`` rows that varlen tensors get behind their last sequence, in unused pages and slots.
+            ``EXTRA_ROWS`` rows that varlen tensors get behind their last sequence.
         alibi_per_batch: slopes (batch, nheads) instead of (nheads,).
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     p, generator = problem, torch.Generator().manual_seed(seed)
-    cu_q = cu_k = table = None
+    cu_q = cu_k = None
     rows_q: tuple[int, ...] = (p.batch, p.seqlen_q)
     rows_k: tuple[int, ...] = (p.batch, p.seqlen_k)
     used = [None, None]
@@ -88,12 +88,6 @@ def make_inputs(
     v = values(rows_k, p.nheads_k, p.headdim_v, used[1])
     dout = values(rows_q, p.nheads, p.headdim_v, used[0])
     dlse = torch.randn(lse_shape(q), generator=generator, dtype=torch.float64).to(accumulate_dtype(p.dtype))
-    if p.page_size:
-        if cu_k is None:
-            raise ValueError("page_size: expected 0 for a dense problem")
-        table = _random_pages(generator, cu_k, p.page_size)
-        fill = float("nan") if poison else 0.0
-        k, v = (_into_pages(x, cu_k, table, p.page_size, fill) for x in (k, v))
     slopes = state = None
     if p.alibi:
         shape = (p.batch, p.nheads) if alibi_per_batch else (p.nheads,)
@@ -105,7 +99,7 @@ def make_inputs(
     device = torch.device(device or p.device_type)
     q, k, v = _place([x.to(device) for x in (q, k, v)], layout, fill)
     (dout,) = _place([dout.to(device)], layout, fill)
-    others = [None if x is None else x.to(device) for x in (cu_q, cu_k, slopes, state, table, sinks)]
+    others = [None if x is None else x.to(device) for x in (cu_q, cu_k, slopes, state, sinks)]
     return Case(AttentionInputs._make((q, k, v, *others, None)), dout, dlse.to(device))
 
 
@@ -122,29 +116,6 @@ def _lengths(generator: torch.Generator, batch: int, longest: int, given: Sequen
 
 def _cumulative(lengths: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-
-
-def _random_pages(generator: torch.Generator, cu_seqlens: torch.Tensor, page_size: int) -> torch.Tensor:
-    """A shuffled page table with two pages nobody uses; entries behind a sequence's last page are -1."""
-    counts = [-(-int(n) // page_size) for n in cu_seqlens.diff()]
-    order = torch.randperm(sum(counts) + 2, generator=generator).tolist()
-    table = torch.full((len(counts), max([1, *counts])), -1, dtype=torch.int32)
-    for b, count in enumerate(counts):
-        for i in range(count):
-            table[b, i] = order.pop()
-    return table
-
-
-def _into_pages(
-    x: torch.Tensor, cu_seqlens: torch.Tensor, table: torch.Tensor, page_size: int, fill: float
-) -> torch.Tensor:
-    num_pages = sum(-(-int(n) // page_size) for n in cu_seqlens.diff()) + 2
-    pages = torch.full((num_pages, page_size, *x.shape[1:]), fill, dtype=x.dtype)
-    starts = cu_seqlens.tolist()
-    for b in range(len(starts) - 1):
-        for t in range(starts[b + 1] - starts[b]):
-            pages[table[b, t // page_size], t % page_size] = x[starts[b] + t]
-    return pages
 
 
 def _place(tensors: list[torch.Tensor], layout: str, fill: float) -> list[torch.Tensor]:

@@ -11,6 +11,8 @@ def oracle_rotary(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, interleaved: bool = False
 ) -> torch.Tensor:
     """Rotary embedding of x (..., nheads, headdim) at ``positions`` (...), as complex products in float64."""
+    if not x.numel():
+        return x.double()
     half = cos.shape[-1]
     angle = torch.complex(cos.double(), sin.double())[positions.long()].unsqueeze(-2)  # (..., 1, half)
     turned, rest = x.double().split([2 * half, x.shape[-1] - 2 * half], dim=-1)

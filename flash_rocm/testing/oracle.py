@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 
 from flash_rocm.problem import AttentionInputs, AttentionProblem, accumulate_dtype, lse_shape
-from flash_rocm.testing.kvcache import oracle_gather
 from flash_rocm.testing.philox import oracle_keep
 
 
@@ -76,9 +75,9 @@ def oracle_attention(
     rounding: dict[str, float] = {}
     for b in range(p.batch):
         rows, cols = _rows(inputs.cu_seqlens_q, b), _rows(inputs.cu_seqlens_k, b)
-        q_b, k_b, v_b = q[rows], _tokens(k, inputs, cols, b), _tokens(v, inputs, cols, b)
+        q_b, k_b, v_b = q[rows], k[cols], v[cols]
         k_b, v_b = (x.repeat_interleave(p.nheads // p.nheads_k, dim=1) for x in (k_b, v_b))
-        result = _naive_sequence(p, inputs, b, q_b, k_b, v_b, sinks)
+        result = naive_sequence(p, inputs, b, q_b, k_b, v_b, sinks)
         lse_rows = (slice(None), rows) if p.varlen else b
         out[rows] = result.out
         lse[lse_rows] = result.lse
@@ -87,7 +86,7 @@ def oracle_attention(
         if upcast:
             send = None if dout is None else dout[rows].to(dtype)
             send_lse = None if dlse is None else dlse[lse_rows].to(dtype)
-            for name, value in _roundings(p, q_b, k_b, v_b, result, send, send_lse).items():
+            for name, value in roundings(p, q_b, k_b, v_b, result, send, send_lse).items():
                 # All sequences add to the gradient of a sink.
                 known = rounding.get(name, 0.0)
                 rounding[name] = known + value if name == "dsinks" else max(value, known)
@@ -130,14 +129,7 @@ def _real_rows(cu_seqlens: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor
     return (position >= cu_seqlens[0]) & (position < cu_seqlens[-1])
 
 
-def _tokens(x: torch.Tensor, inputs: AttentionInputs, rows: Any, b: int) -> torch.Tensor:
-    """(Sk, Hk, D) of one sequence."""
-    if inputs.block_table is None:
-        return x[rows]
-    return oracle_gather(x, inputs.block_table[b : b + 1], [rows.stop - rows.start])[0]
-
-
-def _naive_sequence(
+def naive_sequence(
     problem: AttentionProblem,
     inputs: AttentionInputs,
     b: int,
@@ -163,6 +155,9 @@ def _naive_sequence(
         visible = visible & (j >= diagonal - problem.window_left)
     if problem.window_right >= 0:
         visible = visible & (j <= diagonal + problem.window_right)
+    if problem.attention_chunk > 0:
+        start = diagonal - diagonal % problem.attention_chunk
+        visible = visible & (j >= start) & (j < start + problem.attention_chunk)
     logits = q.new_full((q.shape[1],), float("-inf")) if sinks is None else sinks
     alive = visible.any(-1) | (logits > float("-inf"))[:, None]  # (H, Sq)
     # A dead row is computed as if nothing were masked, so that autograd sees no NaN, and then erased.
@@ -181,7 +176,7 @@ def _naive_sequence(
 
 
 @torch.no_grad()
-def _roundings(
+def roundings(
     problem: AttentionProblem,
     q: torch.Tensor,
     k: torch.Tensor,
