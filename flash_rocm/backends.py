@@ -109,6 +109,7 @@ CAPABILITIES = {capability.name: capability for capability in (CK, TRITON, REFER
 #: Order of ``auto`` by vendor.
 AUTO_ORDER = {"amd": ("ck", "triton"), "nvidia": ("triton",), "cpu": ("reference",)}
 
+
 class BackendError(NotImplementedError):
     """No back end, or not the one asked for, can run the call.  The text lists every reason."""
 

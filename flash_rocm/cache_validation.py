@@ -56,7 +56,7 @@ def check_num_splits(num_splits: int) -> int:
 
 def check_attention_chunk(attention_chunk: int) -> int:
     """Positions in one chunk, 0 for no chunks."""
-    if not isinstance(attention_chunk, int) or isinstance(attention_chunk, bool) or not 0 <= attention_chunk:
+    if not isinstance(attention_chunk, int) or isinstance(attention_chunk, bool) or not attention_chunk >= 0:
         raise invalid("attention_chunk", "an int >= 0", attention_chunk, "0 means no chunks.")
     return min(attention_chunk, MAX_SEQLEN)
 

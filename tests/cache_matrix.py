@@ -47,7 +47,9 @@ class Case:
         p = self.problem
         shape = f"b{p.batch}q{p.seqlen_q}k{p.seqlen_k}n{p.seqlen_new}h{p.nheads}k{p.nheads_k}d{p.headdim}v{p.headdim_v}"
         dtype = str(p.dtype).removeprefix("torch.")
-        return "-".join([self.backend, self.target, dtype, "+".join(self.features), shape, f"p{p.page_size}", str(self.seed)])
+        return "-".join(
+            [self.backend, self.target, dtype, "+".join(self.features), shape, f"p{p.page_size}", str(self.seed)]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,9 @@ def cases(scope: Scope) -> Iterator[Case]:
             yield _case(rng, scope, dtype, features, seed, next(sizes))
 
 
-def _case(rng: random.Random, scope: Scope, dtype: object, features: tuple[str, ...], seed: int, page_size: int) -> Case:
+def _case(
+    rng: random.Random, scope: Scope, dtype: object, features: tuple[str, ...], seed: int, page_size: int
+) -> Case:
     some = set(features)
     new = bool(some & {"append", "rotary", "rotary_neox", "varlen_new", "rotary_seqlens"})
     rotary = bool(some & {"rotary", "rotary_neox", "rotary_seqlens"})

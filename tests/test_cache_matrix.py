@@ -33,8 +33,6 @@ def test_cache_matrix(case: cache_matrix.Case, count_case: Callable[..., None]) 
 
 @pytest.mark.parametrize("scope", cache_matrix.SCOPES, ids=lambda scope: f"{scope.backend}-{scope.target}")
 def test_cache_matrix_covers_every_feature(scope: cache_matrix.Scope) -> None:
-    counts = Counter(
-        (case.problem.dtype, feature) for case in cache_matrix.cases(scope) for feature in case.features
-    )
+    counts = Counter((case.problem.dtype, feature) for case in cache_matrix.cases(scope) for feature in case.features)
     dtypes = cache_matrix.CAPABILITIES[scope.backend].dtypes
     assert all(counts[dtype, feature] >= scope.rounds for dtype in dtypes for feature in cache_matrix.COMBINED)

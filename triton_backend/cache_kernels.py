@@ -284,7 +284,9 @@ def attn_cache_kernel(
     end = tl.maximum(tl.minimum(end, begin + tiles_per_split * BLOCK_N), begin)
     full_begin = begin
     if MASK_LEFT or CHUNK:
-        full_begin = tl.minimum(tl.maximum(tl.cdiv(last_begin, BLOCK_N) * BLOCK_N, begin), tl.cdiv(end, BLOCK_N) * BLOCK_N)
+        full_begin = tl.minimum(
+            tl.maximum(tl.cdiv(last_begin, BLOCK_N) * BLOCK_N, begin), tl.cdiv(end, BLOCK_N) * BLOCK_N
+        )
     full_end = tl.maximum(tl.minimum(first_end, end) // BLOCK_N * BLOCK_N, full_begin)
 
     batch64 = batch.to(tl.int64)
@@ -320,7 +322,9 @@ def attn_cache_kernel(
     )  # fmt: skip  # [BLOCK_M, BLOCK_D]
     q2 = q
     if HEADDIM_2 > 0:
-        q2_ptrs = q2_ptr + ((batch64 * stride_q2b + q_rows * stride_q2m + heads.to(tl.int64) * stride_q2h) * VEC)[:, None]
+        q2_ptrs = (
+            q2_ptr + ((batch64 * stride_q2b + q_rows * stride_q2m + heads.to(tl.int64) * stride_q2h) * VEC)[:, None]
+        )
         q2_mask = row_exists[:, None] & (dims_2[None, :] < HEADDIM_2)
         q2 = tl.load(q2_ptrs + dims_2[None, :], mask=q2_mask, other=0.0)  # [BLOCK_M, BLOCK_D2]
 

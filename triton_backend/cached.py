@@ -9,7 +9,7 @@ import torch
 from flash_rocm import runtime, virtual_device
 from flash_rocm.config_schema import KernelConfig
 from flash_rocm.problem import AttentionProblem, CacheInputs, lse_shape
-from flash_rocm.runtime import Arch, ConfigSource
+from flash_rocm.runtime import Arch
 from flash_rocm.splits import choose_splits
 
 from .cache_kernels import attn_cache_kernel, attn_combine_kernel, kv_append_kernel
@@ -129,7 +129,9 @@ def _table_facts(inputs: CacheInputs) -> tuple[int, int]:
     return (0, 0) if cos is None else (cos.stride(0), cos.shape[0])
 
 
-def _result(q: torch.Tensor, shape: tuple[int, ...], fill: float, may_skip_rows: bool, dtype: torch.dtype) -> torch.Tensor:
+def _result(
+    q: torch.Tensor, shape: tuple[int, ...], fill: float, may_skip_rows: bool, dtype: torch.dtype
+) -> torch.Tensor:
     """Kernels write every row that a sequence owns; others keep what is filled in."""
     return q.new_full(shape, fill, dtype=dtype) if may_skip_rows else q.new_empty(shape, dtype=dtype)
 
@@ -288,5 +290,7 @@ def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
             "CHECKED": errors is not None,
         }
         programs = blocks * problem.batch * problem.nheads_k
-        APPEND.launch_new(key, Call(_fixed_plan(constants, warps=4 if block_t > 1 else 1), programs, tensors, fresh, scalars, {}))
+        APPEND.launch_new(
+            key, Call(_fixed_plan(constants, warps=4 if block_t > 1 else 1), programs, tensors, fresh, scalars, {})
+        )
     _raise_reported(errors, inputs)
