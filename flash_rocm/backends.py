@@ -76,7 +76,7 @@ TRITON = Capability(
     module="flash_rocm._triton.launch",
     dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
     max_headdim=512,
-    features=FEATURES - {"paged", "sinks"},
+    features=FEATURES - {"paged"},
     archs=TRITON_AMD_ARCHS,
     minimum_sm=80,
 )
