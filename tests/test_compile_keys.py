@@ -85,7 +85,7 @@ def test_the_key_notices_what_does_compile(record: Callable[[str], Recorded]) ->
         {"dtype": torch.bfloat16, "headdim": 128, "window_right": 0},
         {"dtype": torch.float16, "headdim": 96},
         {"dtype": torch.float32, "headdim": 64, "varlen": True, "nheads": 4, "nheads_k": 1},
-        {"dtype": torch.bfloat16, "headdim": 64, "headdim_v": 32, "alibi": True, "dropout_p": 0.1, "softcap": 9.0},
+        dict(dtype=torch.bfloat16, headdim=64, headdim_v=32, alibi=True, sinks=True, dropout_p=0.1, softcap=9.0),
     ],
     ids=["bf16-d128-causal", "fp16-d96-full", "fp32-d64-varlen-mqa", "bf16-everything"],
 )

@@ -54,7 +54,7 @@ def _through_the_operator(
 
 def test_calls_of_one_key_launch_alike(launches: list[tuple[Any, ...]]) -> None:
     """Whatever a key does not hold may not change the launch: totals of varlen calls above all."""
-    problem = make_problem(**VARLEN, dropout_p=0.1, alibi=True)
+    problem = make_problem(**VARLEN, dropout_p=0.1, alibi=True, sinks=True)
     for seed, (seqlens_q, seqlens_k) in enumerate(LENGTHS):
         _all_kernels(problem, make_inputs(problem, seed, seqlens_q=seqlens_q, seqlens_k=seqlens_k))
     assert len(launches) == 4 * len(LENGTHS)
@@ -68,7 +68,7 @@ def test_calls_of_one_key_launch_alike(launches: list[tuple[Any, ...]]) -> None:
 def test_what_changes_a_launch_changes_the_key(
     change: str, launches: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = dict(batch=2, seqlen_q=40, seqlen_k=50, nheads=4, headdim=32, alibi=True)
+    fields = dict(batch=2, seqlen_q=40, seqlen_k=50, nheads=4, headdim=32, alibi=True, sinks=True)
     problem = make_problem(**fields)
     case = make_inputs(problem)
     _all_kernels(problem, case)

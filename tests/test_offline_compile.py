@@ -31,7 +31,7 @@ AMD = (
 UNSPILLED = ("bf16-d64-causal", "bf16-d128-full", "bf16-d128-causal", "fp32-d128-causal")
 NVIDIA = (nvidia_arch((8, 0), 108), nvidia_arch((9, 0), 132))
 EVERYTHING = dict(
-    varlen=True, window_left=100, window_right=20, softcap=20.0, alibi=True, dropout_p=0.1, nheads=8, nheads_k=2
+    varlen=True, window_left=100, window_right=20, softcap=20.0, alibi=True, sinks=True, dropout_p=0.1, nheads_k=2
 )
 #: name, fields: every dtype, every size of block, every feature.
 PROBLEMS = {

@@ -146,7 +146,7 @@ def attn_bwd_dq_kernel(
     NUM_XCDS: tl.constexpr, VARLEN: tl.constexpr,
     MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr,
     RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
-    HAS_DLSE: tl.constexpr,
+    SINKS: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M queries of one head; also writes delta = D for the dK/dV kernel.
 
@@ -233,7 +233,10 @@ def attn_bwd_dq_kernel(
     )  # fmt: skip
 
     # A row without keys has no gradient, also where 0 met a NaN key that other rows see.
-    dq = tl.where((lse == float("-inf"))[:, None], 0.0, dq * softmax_scale)
+    dead = lse == float("-inf")
+    if SINKS:  # which leave it a finite lse
+        dead = dead | (last_col < tl.maximum(first_col, 0))
+    dq = tl.where(dead[:, None], 0.0, dq * softmax_scale)
     dq_ptr += (out_row * nheads + head) * HEADDIM
     dq_ptrs = dq_ptr + tile_offsets(rows_in_tile, nheads * HEADDIM, dims, 1, WIDE)
     store_tile(dq_ptrs, dq, rows, rows_total, dims, HEADDIM, BLOCK_D)

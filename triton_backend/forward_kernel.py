@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .common import (
     LN2,
+    LOG2E,
     between,
     dot,
     dot_by_chunks,
@@ -92,6 +93,16 @@ def _attend(
     return acc, row_sum, row_max
 
 
+@triton.jit
+def _join_sink(acc, row_sum, row_max, sink_log2):
+    """Count the sink in, a key without a value: acc [BLOCK_M, BLOCK_DV]; row_sum, row_max [BLOCK_M]."""
+    new_max = tl.maximum(row_max, sink_log2)
+    subtract = tl.where(new_max == float("-inf"), 0.0, new_max)
+    rescale = tl.exp2(row_max - subtract)
+    row_sum = row_sum * rescale + tl.exp2(sink_log2 - subtract)
+    return acc * rescale[:, None], row_sum, new_max
+
+
 @triton.jit(
     do_not_specialize=[
         "stride_qb", "stride_qm", "stride_qh", "stride_kb", "stride_kn", "stride_kh", "stride_vb", "stride_vn",
@@ -101,7 +112,7 @@ def _attend(
     ]
 )  # fmt: skip
 def attn_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, sinks_ptr,
     stride_lb: tl.int64, stride_lh: tl.int64,
     stride_qb: tl.int64, stride_qm: tl.int32, stride_qh: tl.int64,
     stride_kb: tl.int64, stride_kn: tl.int32, stride_kh: tl.int64,
@@ -116,10 +127,12 @@ def attn_fwd_kernel(
     NUM_XCDS: tl.constexpr, VARLEN: tl.constexpr,
     MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr, MOVE_BOUNDS: tl.constexpr,
     RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, TIES_UP: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     """One block of BLOCK_M queries of one head.
 
-    out is contiguous (rows, nheads, HEADDIM_V); lse is addressed by stride_lb, stride_lh and the row.
+    out is contiguous (rows, nheads, HEADDIM_V); lse is addressed by stride_lb, stride_lh and the row; with SINKS
+    sinks is (nheads,) and lse includes them.
     """
     block, batch_head = tile_of_program(num_blocks, batch_heads, NUM_XCDS)
     if MASK_RIGHT:
@@ -185,9 +198,13 @@ def attn_fwd_kernel(
     # A row without any visible key: its accumulator may hold 0 * NaN of keys that other rows see.  A row
     # that sees only NaN has no maximum either, but its sum is NaN.
     dead = (row_max == float("-inf")) & (row_sum == 0.0)
+    unseen = float("-inf")  # softmax_lse of such a row
+    if SINKS:
+        unseen = tl.load(sinks_ptr + head)
+        acc, row_sum, row_max = _join_sink(acc, row_sum, row_max, unseen * LOG2E)
     out = acc * (dropout_rescale / tl.where(dead, 1.0, row_sum))[:, None]
     out = tl.where(dead[:, None], 0.0, out)
-    lse = tl.where(dead, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
+    lse = tl.where(dead, unseen, (row_max + tl.log2(row_sum)) * LN2)
 
     dims_v = tl.arange(0, BLOCK_DV)
     out_row = (start_q + first_row).to(tl.int64)

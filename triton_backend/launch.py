@@ -294,7 +294,9 @@ def _new(x: torch.Tensor, shape: Sequence[int], varlen: bool) -> torch.Tensor:
 
 def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse of one call; see :class:`flash_rocm.backends.Backend`."""
-    q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, *_ = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, _, logits, _ = inputs
+    if logits is not None:
+        logits = logits.contiguous()
     if problem.varlen:
         # Rows that no sequence owns are not written by the kernel.
         out = q.new_zeros((*q.shape[:-1], problem.headdim_v))
@@ -306,7 +308,7 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
         else:
             out = q.new_empty((problem.batch, problem.seqlen_q, problem.nheads, problem.headdim_v))
         lse = q.new_empty((problem.batch, problem.nheads, problem.seqlen_q), dtype=torch.float32)
-    tensors = (q, k, v, out, lse, slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
+    tensors = (q, k, v, out, lse, slopes, rng_state, cu_seqlens_q, cu_seqlens_k, logits)
     pointers, facts = pointers_of(tensors)
     lse_strides = lse_strides_of(lse)
     configs = runtime.config_source()

@@ -29,6 +29,7 @@ _POINTERS = {
     "dlse_ptr": torch.float32,
     "delta_ptr": torch.float32,
     "alibi_ptr": torch.float32,
+    "sinks_ptr": torch.float32,
     "rng_ptr": torch.int64,
     "cu_seqlens_q_ptr": torch.int32,
     "cu_seqlens_k_ptr": torch.int32,
@@ -40,6 +41,7 @@ def _absent(name: str, problem: AttentionProblem, has_dlse: bool) -> bool:
     return (
         (name == "dlse_ptr" and not has_dlse)
         or (name == "alibi_ptr" and not problem.alibi)
+        or (name == "sinks_ptr" and not problem.sinks)
         or (name == "rng_ptr" and problem.dropout_p == 0.0)
         or (name.startswith("cu_seqlens") and not problem.varlen)
     )

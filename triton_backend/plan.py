@@ -124,6 +124,7 @@ def plan(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSourc
         "RAW_SCALE": softcap == 0.0 and not problem.alibi and scale > 0.0,
         "SOFTCAP": softcap > 0.0,
         "ALIBI": problem.alibi,
+        "SINKS": problem.sinks,
         "DROPOUT": problem.dropout_p > 0.0,
         # What changes from tile to tile in a mask: its bounds, or (NVIDIA, whose compiler would keep a register
         # for every column of a tile) the columns.
