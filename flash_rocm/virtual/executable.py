@@ -16,7 +16,7 @@ from .builder import Builder, Handler
 from .code_object import CodeObject
 from .errors import UnsupportedInstruction
 from .machine import EXEC, S_BIT, SCC, VCC, Group
-from .registry import FACTORIES, base_name
+from .registry import ALIASES, FACTORIES, base_name
 from .scalar_ops import CACHE_CONTROL
 
 #: Modules that fill the table of instructions.
@@ -25,6 +25,7 @@ TABLES = (float_ops, lds_ops, matrix_ops, memory_ops, packed_ops, rdna_ops, scal
 Condition = Callable[[Group], np.ndarray]
 _BARRIERS = ("s_barrier", "s_barrier_wait")
 _ENDS = ("s_endpgm", "s_branch", *_BARRIERS)
+_CONDITIONAL = tuple(f"s_cbranch_{test}" for test in ("scc0", "scc1", "vccz", "vccnz", "execz", "execnz"))
 
 
 @dataclasses.dataclass(slots=True)
@@ -85,7 +86,7 @@ class Executable:
         while index < len(self.instructions):
             instruction = self.instructions[index]
             name = base_name(instruction.mnemonic)
-            if name in _ENDS or name.startswith("s_cbranch"):
+            if name in _ENDS or name in _CONDITIONAL:
                 return self._end_block(Block(start, steps, "", index + 1, text=instruction.text), index, name)
             step = self._compile_step(instruction, index)
             steps.append((step.run, step.reads | step.writes, step))
@@ -195,18 +196,18 @@ def _condition(name: str, wave_size: int) -> tuple[Condition, int]:
 
         return test
 
-    conditions: dict[str, tuple[Condition, int]] = {
-        "s_cbranch_scc": (scc, 1 << (S_BIT + SCC)),
-        "s_cbranch_vcc": (any_lane(VCC), mask_bits << (S_BIT + VCC)),
-        "s_cbranch_exec": (any_lane(EXEC), mask_bits << (S_BIT + EXEC)),
+    tests: dict[str, tuple[Condition, int]] = {
+        "scc": (scc, 1 << (S_BIT + SCC)),
+        "vcc": (any_lane(VCC), mask_bits << (S_BIT + VCC)),
+        "exec": (any_lane(EXEC), mask_bits << (S_BIT + EXEC)),
     }
-    stem, wanted = name[:-1], name[-1]
-    if name.startswith(("s_cbranch_vcc", "s_cbranch_exec")):
-        wanted = "1" if name.endswith("nz") else "0"
-        stem = name.removesuffix("nz").removesuffix("z")
-    if stem not in conditions:
-        raise UnsupportedInstruction(f"{name!r} is not implemented")
-    test, reads = conditions[stem]
-    if wanted == "1":
+    what = name.removeprefix("s_cbranch_")
+    test, reads = tests[what.rstrip("01nz")]
+    if what.endswith(("1", "nz")):
         return test, reads
     return (lambda g: ~test(g)), reads
+
+
+def known_instructions() -> tuple[str, ...]:
+    """Mnemonics that are implemented, without encoding suffixes such as _e64."""
+    return tuple(sorted({*FACTORIES, *ALIASES, *_ENDS, *_CONDITIONAL, *CACHE_CONTROL}))

@@ -76,6 +76,8 @@ STORES = {
     "d16_hi_b8": Shape(1, half="hi"),
     **{name: shape for name, shape in LOADS.items() if shape.size >= 4},
 }
+#: Bytes per lane of what can be loaded to LDS without passing through registers.
+_TO_LDS = (1, 2, 4, 12, 16)
 _STORE_NAME = re.compile(r"^(?:global|buffer|scratch|flat)_store_(\w+)$")
 _ATOMIC_NAME = re.compile(r"^(?:global|buffer|flat)_atomic_")
 
@@ -233,17 +235,23 @@ def _global_load_lds(shape: Shape) -> Callable[[Builder], Handler]:
             places = active(g, address(g))
             if places.size:
                 data = g.m.memory.load(places, shape.size, _alignment(g, shape), _groups(g), g.m.checks.memory)
-                put_lds(g, data, offset)
+                put_lds(g, data, offset, shape)
 
         return run
 
     return compile_one
 
 
-def put_lds(g: Group, data: np.ndarray, offset: int) -> None:
-    """Bytes that went past the registers: LDS address M0 + offset + lane * size of each wave."""
+def put_lds(g: Group, data: np.ndarray, offset: int, shape: Shape) -> None:
+    """Bytes that went past the registers: LDS address M0 + offset + lane * 4 (16 for more than a dword).
+
+    What is less than a dword is extended to one ("Memory Buffer Load to LDS" of the MI350 reference).
+    """
+    if shape.size < 4:
+        kind = f"{'i' if shape.signed else 'u'}{shape.size}"
+        data = np.ascontiguousarray(data).view(kind).astype(f"{kind[0]}4").view(np.uint8)
     size = data.shape[1]
-    lane = np.arange(g.m.lanes, dtype=np.int64) * size
+    lane = np.arange(g.m.lanes, dtype=np.int64) * (4 if size == 4 else 16)
     # 16 bits, until gfx950 brought more LDS than they reach.
     start = g.S[M0] & _U32(0x3FFFF if g.m.code.arch == "gfx950" else 0xFFFF)
     address = active(g, start.astype(np.int64)[:, None] + offset + lane)
@@ -472,6 +480,8 @@ def _buffer_load(shape: Shape) -> Callable[[Builder], Handler]:
     def compile_one(b: Builder) -> Handler:
         b.counter = "vm"
         to_lds = b.flag("lds")
+        if to_lds and (shape.half or shape.size not in _TO_LDS):
+            raise b.unsupported("a load of this type to LDS")
         destination = None if to_lds else b.expect(0, "v", shape.registers)
         if destination is not None:
             b.loads = b.write_bits(destination)
@@ -488,7 +498,7 @@ def _buffer_load(shape: Shape) -> Callable[[Builder], Handler]:
                 return
             data = _load_inside(g, places, inside, shape)
             if destination is None:
-                put_lds(g, data, address.immediate)
+                put_lds(g, data, address.immediate, shape)
             else:
                 put_loaded(g, destination.row, data, shape)
 
@@ -622,8 +632,8 @@ def _register_memory() -> None:
         FACTORIES[f"global_load_{name}"] = _global_load(shape)
         FACTORIES[f"buffer_load_{name}"] = _buffer_load(shape)
         FACTORIES[f"scratch_load_{name}"] = _scratch_load(shape)
-        if shape.size >= 4 or name in ("ubyte", "ushort"):
-            FACTORIES[f"global_load_lds_{name}"] = _global_load_lds(shape)
+    for name in ("ubyte", "ushort", "dword", "dwordx3", "dwordx4"):
+        FACTORIES[f"global_load_lds_{name}"] = _global_load_lds(LOADS[name])
     for name, shape in STORES.items():
         FACTORIES[f"global_store_{name}"] = _global_store(shape)
         FACTORIES[f"buffer_store_{name}"] = _buffer_store(shape)
