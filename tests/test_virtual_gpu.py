@@ -6,6 +6,8 @@ What the kernels compute there is the business of the matrix (targets ``virtual:
 from __future__ import annotations
 
 import importlib.util
+import pathlib
+import re
 import warnings
 from typing import Any
 
@@ -187,3 +189,21 @@ def test_specialisation_is_that_of_tritons_launcher(layout: str, monkeypatch: py
     assert pointers == [
         [["tt.pointer_range", 32]] if layout == "shifted" else [["tt.divisibility", 16], ["tt.pointer_range", 32]]
     ]
+
+
+def test_session_of_the_documentation(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its code runs one block after the other, and prints what the text says of it but for the numbers."""
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "virtual-gpu.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 4
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)  # noqa: S102
+    printed = capsys.readouterr().out
+    assert re.search(r"^attn_fwd_kernel \(2, 1, 1\)", printed, re.MULTILINE)
+    assert len(re.findall(r"^\d+ v_mfma_\S+ .* \[", printed, re.MULTILINE)) >= 1
+    assert re.search(r"^NaN written to v\d+, lane 5 of wave 0 .*v_mfma_", printed, re.MULTILINE)
+    assert re.search(r"^ *\d+ waves=\d+ +first=0\.0 \S", (tmp_path / "trace.txt").read_text())
