@@ -11,16 +11,27 @@ import numpy as np
 
 from flash_rocm.amdgpu.assembly import Instruction
 
-from . import float_ops, lds_ops, matrix_ops, memory_ops, packed_ops, rdna_ops, scalar_ops, vector_ops
+from . import buffer_ops, float_ops, global_ops, lds_ops, matrix_ops, packed_ops, rdna_ops, scalar_ops, vector_ops
 from .builder import Builder, Handler
 from .code_object import CodeObject
 from .errors import UnsupportedInstruction
+from .lane_data import smallest_store
 from .machine import EXEC, S_BIT, SCC, VCC, Group
 from .registry import ALIASES, FACTORIES, base_name
 from .scalar_ops import CACHE_CONTROL
 
 #: Modules that fill the table of instructions.
-TABLES = (float_ops, lds_ops, matrix_ops, memory_ops, packed_ops, rdna_ops, scalar_ops, vector_ops)
+TABLES = (
+    buffer_ops,
+    float_ops,
+    global_ops,
+    lds_ops,
+    matrix_ops,
+    packed_ops,
+    rdna_ops,
+    scalar_ops,
+    vector_ops,
+)
 
 Condition = Callable[[Group], np.ndarray]
 _BARRIERS = ("s_barrier", "s_barrier_wait")
@@ -71,7 +82,7 @@ class Executable:
         self.blocks: dict[int, Block] = {}
         names = {instruction.mnemonic for instruction in self.instructions}
         self.lds_granule = lds_ops.smallest_write(names)
-        self.store_granule = memory_ops.smallest_store(names)
+        self.store_granule = smallest_store(names)
 
     def block(self, start: int) -> Block:
         """The block that starts at an instruction."""
