@@ -138,7 +138,7 @@ class Executable:
         first = builders[0]
         run = handlers[0] if len(halves) == 1 else _both(builders, handlers)
         if first.counter is not None:
-            run = _counted(run, first.counter, first.loads, writes_lds=first.name.startswith(("ds_write", "ds_store")))
+            run = _counted(run, first.counter, first.loads)
         reads = needs = writes = 0
         rows: tuple[int, ...] = ()
         for builder in builders:
@@ -180,7 +180,7 @@ def _both(builders: list[Builder], handlers: list[Handler]) -> Handler:
     return crossed
 
 
-def _counted(run: Handler, counter: str, loads: list[int], writes_lds: bool) -> Handler:
+def _counted(run: Handler, counter: str, loads: list[int]) -> Handler:
     mask = sum(1 << bit for bit in loads)
 
     def counted(g: Group) -> None:

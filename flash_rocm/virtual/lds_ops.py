@@ -56,6 +56,11 @@ def write_lds(g: Group, address: np.ndarray, data: np.ndarray) -> None:
     places = lds_places(g, address, data.shape[1])
     _measure(g, places, data.shape[1])
     put_places(g, places, data)
+    _note_write(g)
+
+
+def _note_write(g: Group) -> None:
+    """The instruction that is about to be counted writes."""
     if g.m.tracker is not None:
         g.m.tracker.last_lds_write[g.sel] = g.m.tracker.issued["ds"][g.sel] + 1
 
@@ -269,11 +274,15 @@ def _lds_atomic(dtype: Any, function: Callable[[Any, Any], Any], returns: bool) 
         offset = b.number("offset")
 
         def run(g: Group) -> None:
-            places = lds_places(g, address(g) + offset, 4) // 4
+            places = lds_places(g, address(g) + offset, 4)
+            if g.m.shadow is not None and places.size:
+                g.m.shadow.atomic(g, places, 4)
+            _measure(g, places, 4)
+            _note_write(g)
             values = active(g, g.V[data.row]).view(dtype)
             words = g.m.lds.view(dtype)
             before = np.empty(places.size, dtype)
-            for lane, place in enumerate(places):
+            for lane, place in enumerate(places // 4):
                 before[lane] = words[place]
                 words[place] = function(words[place], values[lane])
             if destination is not None:
