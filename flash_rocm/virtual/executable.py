@@ -76,9 +76,10 @@ class Executable:
     """Compiled blocks of a code object, which all its launches share; see :func:`executable_of`."""
 
     def __init__(self, code: CodeObject) -> None:
-        self.code = code
+        # Not the code object itself: it would keep itself alive, as the key of its executable.
+        self.arch, self.descriptor, self.targets = code.arch, code.descriptor, code.program.targets
         self.instructions = code.program.instructions
-        self.leaders = set(code.program.targets.values())
+        self.leaders = set(self.targets.values())
         self.blocks: dict[int, Block] = {}
         names = {instruction.mnemonic for instruction in self.instructions}
         self.lds_granule = lds_ops.smallest_write(names)
@@ -112,16 +113,16 @@ class Executable:
         elif name in _BARRIERS:
             block.end = "barrier"
         else:
-            if index not in self.code.program.targets:
+            if index not in self.targets:
                 raise UnsupportedInstruction(f"{block.text!r}: a branch out of the program")
             block.end = "branch"
-            block.target = self.code.program.targets[index]
+            block.target = self.targets[index]
             if name != "s_branch":
-                block.condition, block.condition_reads = _condition(name, self.code.descriptor.wave_size)
+                block.condition, block.condition_reads = _condition(name, self.descriptor.wave_size)
         return block
 
     def _compile_step(self, instruction: Instruction, index: int) -> Step:
-        arch, descriptor = self.code.arch, self.code.descriptor
+        arch, descriptor = self.arch, self.descriptor
         if instruction.mnemonic in CACHE_CONTROL:
             return Step(lambda g: None, index, instruction.text, 0, 0, 0, None, False, ())
         halves = [instruction] if instruction.paired is None else [instruction, instruction.paired]
