@@ -229,8 +229,8 @@ def check(row: Row, chip: str, instruction: str, returns: bool) -> None:
 # Loads to LDS
 
 
-#: Name, bytes in memory, bytes in LDS ("Memory Buffer Load to LDS" of the MI350 reference: less than a dword is
-#: zero-extended to one), distance between lanes there, chips.
+#: Name, bytes in memory, bytes in LDS, distance between lanes there, chips.  Source: "Memory Buffer Load to LDS", 9.1.9
+#: of the CDNA4 reference, as others quote it: less than a dword is extended to one; three dwords are 16 bytes apart.
 TO_LDS: dict[str, tuple[str, str, int, tuple[str, ...]]] = {
     "ubyte": ("f1", "f1000000", 4, ("gfx942", "gfx950")),
     "ushort": ("34f2", "34f20000", 4, ("gfx942", "gfx950")),
