@@ -133,7 +133,7 @@ llvm:
 	    { apt-get install -qq -y --no-install-recommends llvm-22 || \
 	      { apt-get update -qq && apt-get install -qq -y --no-install-recommends llvm-22; }; }; } || \
 	  echo "llvm-objdump-22 is not here and was not installed (it takes root and apt-get): the tests of AMD's" \
-	    "assembled kernels and of foreign code objects are left out"
+	    "assembled kernels, of foreign code objects and of what LLVM assembles are left out"
 
 aiter:
 	@$(MAKE) --no-print-directory $(VENV)/.aiter || \

@@ -187,6 +187,30 @@ def test_lds_race(order: str) -> None:
         run_lines(lines, waves=2, order=order)
 
 
+ATOMIC = "v_mov_b32_e32 v1, 0\n v_mov_b32_e32 v2, 1\n{}\n s_waitcnt lgkmcnt(0)\n"
+ZERO = ATOMIC.format("ds_write_b32 v1, v1") + "s_barrier\n"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_lds_atomics_race_with_loads_and_stores_only(order: str) -> None:
+    """Between two barriers other waves may change the same place by atomics, and neither read nor write it."""
+    add = "ds_add_u32 v1, v2\n"
+    run_lines(ATOMIC.format(f"{ZERO}{add}"), waves=2, order=order)
+    after = "s_waitcnt lgkmcnt(0)\n s_barrier\n ds_read_b32 v3, v1"
+    run_lines(ATOMIC.format(f"{ZERO}{add}{after}"), waves=2, order=order)
+    for other in ("ds_read_b32 v3, v1", "ds_write_b32 v1, v2"):
+        for both in (f"{add}{other}", f"{other}\n{add}"):
+            with pytest.raises(LdsRace, match="LDS byte 0"):
+                run_lines(ATOMIC.format(f"{ZERO}{both}"), waves=2, order=order)
+
+
+def test_lds_atomics_need_a_value_and_a_wait() -> None:
+    with pytest.raises(UninitialisedRead, match="LDS byte 0"):
+        run_lines(ATOMIC.format("ds_add_u32 v1, v2"))
+    with pytest.raises(MissingWait, match="barrier"):
+        run_lines(ZERO + "ds_add_u32 v1, v2\n s_barrier\n")
+
+
 def test_waves_may_store_the_same_value() -> None:
     run_lines("v_mov_b32_e32 v1, 0\n ds_write_b32 v1, v1\n s_waitcnt lgkmcnt(0)", waves=2)
 

@@ -5,8 +5,13 @@ What the kernels compute there is the business of the matrix (targets ``virtual:
 
 from __future__ import annotations
 
+import collections
+import gc
 import importlib.util
+import pathlib
+import re
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -175,7 +180,7 @@ def test_specialisation_is_that_of_tritons_launcher(layout: str, monkeypatch: py
         asked.append(_identity(ASTSource(kernel, *parts), options))
         original(kernel, current, programs, tensors, numbers, constants)
 
-    monkeypatch.setattr(virtual, "_loaded", {})
+    monkeypatch.setattr(virtual, "_loaded", collections.OrderedDict())
     monkeypatch.setattr(virtual, "launch", launches)
     monkeypatch.setattr(triton, "compile", compiles)
     with flash_rocm.virtual_gpu("gfx942", on_launch=lambda launch: None):
@@ -187,3 +192,35 @@ def test_specialisation_is_that_of_tritons_launcher(layout: str, monkeypatch: py
     assert pointers == [
         [["tt.pointer_range", 32]] if layout == "shifted" else [["tt.divisibility", 16], ["tt.pointer_range", 32]]
     ]
+
+
+def test_kernels_used_long_ago_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flash_rocm._triton import virtual
+
+    monkeypatch.setattr(virtual, "_loaded", collections.OrderedDict())
+    monkeypatch.setattr(virtual, "_KEPT", 1)
+    q, k, v = (x.detach() for x in inputs())
+    with flash_rocm.virtual_gpu("gfx942"):
+        flash_rocm.flash_attn_func(q, k, v)
+        first = weakref.ref(next(iter(virtual._loaded.values())))
+        flash_rocm.flash_attn_func(q, k, v, causal=True)
+    gc.collect()
+    assert first() is None and len(virtual._loaded) == 1
+
+
+def test_session_of_the_documentation(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its code runs one block after the other, and prints what the text says of it but for the numbers."""
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "virtual-gpu.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 4
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)  # noqa: S102
+    printed = capsys.readouterr().out
+    assert re.search(r"^attn_fwd_kernel \(2, 1, 1\)", printed, re.MULTILINE)
+    assert len(re.findall(r"^\d+ v_mfma_\S+ .* \[", printed, re.MULTILINE)) >= 1
+    assert re.search(r"^NaN written to v\d+, lane 5 of wave 0 .*v_mfma_", printed, re.MULTILINE)
+    assert re.search(r"^ *\d+ waves=\d+ +first=0\.0 \S", (tmp_path / "trace.txt").read_text())

@@ -1,4 +1,4 @@
-"""Loads, stores and atomics of every width on the virtual GPU, against numpy."""
+"""Loads, stores and atomics whose lanes differ on the virtual GPU, against numpy."""
 
 from __future__ import annotations
 
@@ -137,16 +137,6 @@ def test_stores(name: str, data: np.ndarray) -> None:
     np.testing.assert_array_equal(found.view(np.uint8), expected[:32])
 
 
-@pytest.mark.parametrize("kind", ["short_d16_hi", "byte_d16_hi"])
-def test_stores_of_an_upper_half(kind: str, data: np.ndarray) -> None:
-    load = f"{PROLOGUE}global_load_dword v4, v1, s[4:5]\n s_waitcnt vmcnt(0)\n"
-    size = 2 if kind.startswith("short") else 1
-    expected = np.zeros((64, 16), np.uint8)
-    expected[:, :size] = data.view(np.uint8)[:1024].reshape(64, 16)[:, 2 : 2 + size]
-    found = run(f"{load}global_store_{kind} v1, v4, s[8:9]", data)
-    np.testing.assert_array_equal(found.view(np.uint8), expected)
-
-
 TO_LDS = """
     global_load_dwordx4 v[4:7], v1, s[4:5]
     s_waitcnt vmcnt(0)
@@ -195,12 +185,18 @@ def test_lds_pairs(size: int, stride: str, data: np.ndarray) -> None:
     np.testing.assert_array_equal(found[5, : size // 4], data[size // 4 : size // 2])
 
 
-@pytest.mark.parametrize("bits", [16, 8])
-def test_transposed_lds_reads(bits: int, data: np.ndarray) -> None:
+#: Instruction, bits of an element.
+TRANSPOSED = {"ds_read_b64_tr_b16 v[4:5], v2": 16, "ds_read_b64_tr_b8 v[4:5], v2": 8}
+#: (chip, instruction), see test_virtual_coverage.py.
+EXECUTED = [("gfx950", instruction) for instruction in TRANSPOSED]
+
+
+@pytest.mark.parametrize("instruction", TRANSPOSED)
+def test_transposed_lds_reads(instruction: str, data: np.ndarray) -> None:
     """Of every 16 lanes, lane l gets column l of the rows that they read together."""
     address = "v_lshlrev_b32_e32 v2, 3, v0\n"
-    read = f"{FILL}ds_read_b64_tr_b{bits} v[4:5], v2{SAVE}"
-    found = run(f"{PROLOGUE}{TO_LDS}{address}{read}", data, "gfx950")[:, :2]
+    bits = TRANSPOSED[instruction]
+    found = run(f"{PROLOGUE}{TO_LDS}{address}{FILL}{instruction}{SAVE}", data, "gfx950")[:, :2]
     rows = 64 // bits
     dtype = np.uint16 if bits == 16 else np.uint8
     tiles = data[:128].view(dtype).reshape(4, rows, 16)
@@ -351,40 +347,6 @@ def test_atomics_of_many_lanes_at_one_place() -> None:
     assert total[0] == 3 * sum(range(128))
 
 
-def test_compare_and_swap() -> None:
-    memory = np.where(LANES % 2, LANES, 99).astype(np.uint32)
-    gpu = VirtualGpu("gfx942")
-    lines = """
-        s_load_dwordx2 s[4:5], s[0:1], 0x0
-        v_lshlrev_b32_e32 v1, 2, v0
-        v_mov_b32_e32 v4, 7
-        v_mov_b32_e32 v5, v0
-        s_waitcnt lgkmcnt(0)
-        global_atomic_cmpswap v1, v[4:5], s[4:5]
-    """
-    address = gpu.memory.add("memory", memory)
-    gpu.launch(hand_written(lines), grid=(1, 1, 1), block_threads=64, kernargs=[address, *[0] * 7])
-    np.testing.assert_array_equal(memory, np.where(LANES % 2, 7, 99))
-
-
-@pytest.mark.parametrize("name", ["pk_add_f16", "pk_add_bf16"])
-def test_packed_atomics(name: str) -> None:
-    one = 0x3C004000 if name.endswith("_f16") else 0x3F804000  # (2, 1)
-    two = 0x40004400 if name.endswith("_f16") else 0x40004080  # twice that
-    memory = np.full(64, one, np.uint32)
-    gpu = VirtualGpu("gfx942")
-    lines = f"""
-        s_load_dwordx2 s[4:5], s[0:1], 0x0
-        v_lshlrev_b32_e32 v1, 2, v0
-        v_mov_b32_e32 v4, {one:#x}
-        s_waitcnt lgkmcnt(0)
-        global_atomic_{name} v1, v4, s[4:5]
-    """
-    address = gpu.memory.add("memory", memory)
-    gpu.launch(hand_written(lines), grid=(1, 1, 1), block_threads=64, kernargs=[address, *[0] * 7])
-    assert (memory == two).all()
-
-
 LDS_ATOMICS: dict[str, tuple[Any, Any]] = {
     "add_u32": ATOMICS["add"],
     "sub_u32": ATOMICS["sub"],
@@ -421,29 +383,6 @@ def test_lds_atomics(name: str, returns: bool) -> None:
     np.testing.assert_array_equal(found[:, 3].copy().view(dtype), expected)
     if returns:
         np.testing.assert_array_equal(found[:, 2].copy().view(dtype), memory)
-
-
-def test_scalar_loads(data: np.ndarray) -> None:
-    lines = """
-        s_load_dwordx4 s[4:7], s[0:1], 0x0
-        s_load_dwordx2 s[8:9], s[0:1], 0x10
-        v_lshlrev_b32_e32 v1, 4, v0
-        s_waitcnt lgkmcnt(0)
-        s_mov_b32 s6, 20
-        s_mov_b32 s7, 0
-        s_movk_i32 s10, 0x8
-        s_load_dwordx8 s[16:23], s[4:5], 0x10
-        s_load_dword s11, s[4:5], s10
-        s_buffer_load_dwordx2 s[12:13], s[4:7], 0x10
-        s_waitcnt lgkmcnt(0)
-        v_mov_b32_e32 v4, s11
-        v_mov_b32_e32 v5, s23
-        v_mov_b32_e32 v6, s12
-        v_mov_b32_e32 v7, s13
-        global_store_dwordx4 v1, v[4:7], s[8:9]
-    """
-    found = run(lines, data)
-    np.testing.assert_array_equal(found[0], [data[2], data[11], data[4], 0])
 
 
 def test_inactive_lanes_touch_nothing(data: np.ndarray) -> None:

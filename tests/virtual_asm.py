@@ -44,6 +44,16 @@ def hand_written(lines: str, arch: str = "gfx942", lds_bytes: int = 0, **descrip
     )
 
 
+def lanes_of(arch: str) -> int:
+    """Lanes of the waves that an arch is used with."""
+    return 64 if arch.startswith("gfx9") else 32
+
+
+def span(start: int, count: int) -> str:
+    """VGPRs from ``start`` on, as operands are written."""
+    return f"v[{start}:{start + count - 1}]" if count > 1 else f"v{start}"
+
+
 def changed(code: CodeObject, assembly: str) -> CodeObject:
     """The same kernel with other instructions."""
     return dataclasses.replace(code, program=parse_amdgcn(assembly))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import ctypes
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +14,10 @@ from flash_rocm import runtime, virtual_device
 from .compile import BUFFER_BYTES, Pointer, compile_for
 from .plan import Plan
 
-# Compiling and decoding take far longer than a lookup, and a layer repeats its calls.
-_loaded: dict[tuple[Any, ...], Any] = {}
+# Compiling and decoding take far longer than a lookup, and a layer repeats its calls.  Decoded kernels take
+# megabytes each, so that only those used last are kept.
+_loaded: collections.OrderedDict[tuple[Any, ...], Any] = collections.OrderedDict()
+_KEPT = 64
 
 
 class _Memory:
@@ -77,6 +80,9 @@ def launch(
         compiled = compile_for(arch, kernel, pointers, used, current.options)
         lds_bytes = compiled.metadata.shared
         _loaded[key] = load_code_object(compiled.asm["hsaco"], assembly=compiled.asm["amdgcn"], lds_bytes=lds_bytes)
+        if len(_loaded) > _KEPT:
+            _loaded.popitem(last=False)
+    _loaded.move_to_end(key)
     ready = Launch(
         gpu,
         _loaded[key],

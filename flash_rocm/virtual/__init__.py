@@ -14,11 +14,10 @@
 Triton's kernels take two more pointers at the end (global and profile scratch), which may be 0.
 ``stats`` counts wave-instructions: ``per_instruction``, ``per_mnemonic()``, ``per_class()``.
 
-What is emulated: the instruction sets of gfx90a, gfx942, gfx950, gfx1100 and gfx1201 as far as
-:func:`known_instructions` goes;
-registers, LDS, memory and barriers exactly; MFMA sums in float32 in an order of their own; transcendental
-instructions to about one unit in the last place.  What is not: time, caches, and the wait states that some
-pairs of instructions need between them.
+What is emulated: the instruction sets of gfx90a, gfx942, gfx950, gfx1100, gfx1200 and gfx1201 as far as
+:func:`known_instructions` goes; registers, LDS, memory and barriers exactly; MFMA sums in float32 in an
+order of their own; transcendental instructions to about one unit in the last place.  What is not: time,
+caches, and the wait states that some pairs of instructions need between them.
 
 Faults that hardware does not report raise (see :class:`Checks`), as do accesses outside of the memory added.
 Nothing of this is imported by ``import flash_rocm``.
@@ -40,19 +39,11 @@ from .errors import (
     UnsupportedInstruction,
     VirtualGpuError,
 )
+from .executable import known_instructions
 from .gpu import Registers, VirtualGpu
 from .launch import Launch
 from .memory import Memory
 from .stats import LaunchStats, Measurements
-
-
-def known_instructions() -> tuple[str, ...]:
-    """Mnemonics that are implemented, without encoding suffixes such as _e64."""
-    from . import executable  # noqa: F401  fills the table
-    from .registry import known
-
-    return known()
-
 
 __all__ = [
     "BarrierDivergence",

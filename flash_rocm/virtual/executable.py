@@ -11,20 +11,32 @@ import numpy as np
 
 from flash_rocm.amdgpu.assembly import Instruction
 
-from . import float_ops, lds_ops, matrix_ops, memory_ops, packed_ops, rdna_ops, scalar_ops, vector_ops
+from . import buffer_ops, float_ops, global_ops, lds_ops, matrix_ops, packed_ops, rdna_ops, scalar_ops, vector_ops
 from .builder import Builder, Handler
 from .code_object import CodeObject
 from .errors import UnsupportedInstruction
+from .lane_data import smallest_store
 from .machine import EXEC, S_BIT, SCC, VCC, Group
-from .registry import FACTORIES, base_name
+from .registry import ALIASES, FACTORIES, base_name
 from .scalar_ops import CACHE_CONTROL
 
 #: Modules that fill the table of instructions.
-TABLES = (float_ops, lds_ops, matrix_ops, memory_ops, packed_ops, rdna_ops, scalar_ops, vector_ops)
+TABLES = (
+    buffer_ops,
+    float_ops,
+    global_ops,
+    lds_ops,
+    matrix_ops,
+    packed_ops,
+    rdna_ops,
+    scalar_ops,
+    vector_ops,
+)
 
 Condition = Callable[[Group], np.ndarray]
 _BARRIERS = ("s_barrier", "s_barrier_wait")
 _ENDS = ("s_endpgm", "s_branch", *_BARRIERS)
+_CONDITIONAL = tuple(f"s_cbranch_{test}" for test in ("scc0", "scc1", "vccz", "vccnz", "execz", "execnz"))
 
 
 @dataclasses.dataclass(slots=True)
@@ -64,13 +76,14 @@ class Executable:
     """Compiled blocks of a code object, which all its launches share; see :func:`executable_of`."""
 
     def __init__(self, code: CodeObject) -> None:
-        self.code = code
+        # Not the code object itself: it would keep itself alive, as the key of its executable.
+        self.arch, self.descriptor, self.targets = code.arch, code.descriptor, code.program.targets
         self.instructions = code.program.instructions
-        self.leaders = set(code.program.targets.values())
+        self.leaders = set(self.targets.values())
         self.blocks: dict[int, Block] = {}
         names = {instruction.mnemonic for instruction in self.instructions}
         self.lds_granule = lds_ops.smallest_write(names)
-        self.store_granule = memory_ops.smallest_store(names)
+        self.store_granule = smallest_store(names)
 
     def block(self, start: int) -> Block:
         """The block that starts at an instruction."""
@@ -85,7 +98,7 @@ class Executable:
         while index < len(self.instructions):
             instruction = self.instructions[index]
             name = base_name(instruction.mnemonic)
-            if name in _ENDS or name.startswith("s_cbranch"):
+            if name in _ENDS or name in _CONDITIONAL:
                 return self._end_block(Block(start, steps, "", index + 1, text=instruction.text), index, name)
             step = self._compile_step(instruction, index)
             steps.append((step.run, step.reads | step.writes, step))
@@ -100,16 +113,16 @@ class Executable:
         elif name in _BARRIERS:
             block.end = "barrier"
         else:
-            if index not in self.code.program.targets:
+            if index not in self.targets:
                 raise UnsupportedInstruction(f"{block.text!r}: a branch out of the program")
             block.end = "branch"
-            block.target = self.code.program.targets[index]
+            block.target = self.targets[index]
             if name != "s_branch":
-                block.condition, block.condition_reads = _condition(name, self.code.descriptor.wave_size)
+                block.condition, block.condition_reads = _condition(name, self.descriptor.wave_size)
         return block
 
     def _compile_step(self, instruction: Instruction, index: int) -> Step:
-        arch, descriptor = self.code.arch, self.code.descriptor
+        arch, descriptor = self.arch, self.descriptor
         if instruction.mnemonic in CACHE_CONTROL:
             return Step(lambda g: None, index, instruction.text, 0, 0, 0, None, False, ())
         halves = [instruction] if instruction.paired is None else [instruction, instruction.paired]
@@ -126,7 +139,7 @@ class Executable:
         first = builders[0]
         run = handlers[0] if len(halves) == 1 else _both(builders, handlers)
         if first.counter is not None:
-            run = _counted(run, first.counter, first.loads, writes_lds=first.name.startswith(("ds_write", "ds_store")))
+            run = _counted(run, first.counter, first.loads)
         reads = needs = writes = 0
         rows: tuple[int, ...] = ()
         for builder in builders:
@@ -168,7 +181,7 @@ def _both(builders: list[Builder], handlers: list[Handler]) -> Handler:
     return crossed
 
 
-def _counted(run: Handler, counter: str, loads: list[int], writes_lds: bool) -> Handler:
+def _counted(run: Handler, counter: str, loads: list[int]) -> Handler:
     mask = sum(1 << bit for bit in loads)
 
     def counted(g: Group) -> None:
@@ -195,18 +208,18 @@ def _condition(name: str, wave_size: int) -> tuple[Condition, int]:
 
         return test
 
-    conditions: dict[str, tuple[Condition, int]] = {
-        "s_cbranch_scc": (scc, 1 << (S_BIT + SCC)),
-        "s_cbranch_vcc": (any_lane(VCC), mask_bits << (S_BIT + VCC)),
-        "s_cbranch_exec": (any_lane(EXEC), mask_bits << (S_BIT + EXEC)),
+    tests: dict[str, tuple[Condition, int]] = {
+        "scc": (scc, 1 << (S_BIT + SCC)),
+        "vcc": (any_lane(VCC), mask_bits << (S_BIT + VCC)),
+        "exec": (any_lane(EXEC), mask_bits << (S_BIT + EXEC)),
     }
-    stem, wanted = name[:-1], name[-1]
-    if name.startswith(("s_cbranch_vcc", "s_cbranch_exec")):
-        wanted = "1" if name.endswith("nz") else "0"
-        stem = name.removesuffix("nz").removesuffix("z")
-    if stem not in conditions:
-        raise UnsupportedInstruction(f"{name!r} is not implemented")
-    test, reads = conditions[stem]
-    if wanted == "1":
+    what = name.removeprefix("s_cbranch_")
+    test, reads = tests[what.rstrip("01nz")]
+    if what.endswith(("1", "nz")):
         return test, reads
     return (lambda g: ~test(g)), reads
+
+
+def known_instructions() -> tuple[str, ...]:
+    """Mnemonics that are implemented, without encoding suffixes such as _e64."""
+    return tuple(sorted({*FACTORIES, *ALIASES, *_ENDS, *_CONDITIONAL, *CACHE_CONTROL}))

@@ -13,9 +13,9 @@ import numpy as np
 
 from .builder import Builder, Handler
 from .errors import MemoryFault
-from .machine import Group
+from .lane_data import Shape, active, put_active, put_loaded, stored_bytes
+from .machine import M0, Group
 from .memory import put_bytes, take_bytes
-from .memory_ops import Shape, active, put_active, put_loaded, stored_bytes
 from .registry import FACTORIES, register
 
 _U32 = np.uint32
@@ -56,6 +56,11 @@ def write_lds(g: Group, address: np.ndarray, data: np.ndarray) -> None:
     places = lds_places(g, address, data.shape[1])
     _measure(g, places, data.shape[1])
     put_places(g, places, data)
+    _note_write(g)
+
+
+def _note_write(g: Group) -> None:
+    """The instruction that is about to be counted writes."""
     if g.m.tracker is not None:
         g.m.tracker.last_lds_write[g.sel] = g.m.tracker.issued["ds"][g.sel] + 1
 
@@ -66,6 +71,27 @@ def put_places(g: Group, places: np.ndarray, data: np.ndarray) -> None:
         g.m.shadow.write(g, places, data, g.m.lds)
     else:
         put_bytes(g.m.lds, places, data)
+
+
+def put_lds(g: Group, data: np.ndarray, offset: int, shape: Shape) -> None:
+    """Bytes that went past the registers: LDS address M0 + offset + lane * 4 (16 for more than a dword).
+
+    What is less than a dword is extended to one ("Memory Buffer Load to LDS" of the MI350 reference).
+    """
+    if shape.size < 4:
+        kind = f"{'i' if shape.signed else 'u'}{shape.size}"
+        data = np.ascontiguousarray(data).view(kind).astype(f"{kind[0]}4").view(np.uint8)
+    size = data.shape[1]
+    lane = np.arange(g.m.lanes, dtype=np.int64) * (4 if size == 4 else 16)
+    # 16 bits, until gfx950 brought more LDS than they reach.
+    start = g.S[M0] & _U32(0x3FFFF if g.m.code.arch == "gfx950" else 0xFFFF)
+    address = active(g, start.astype(np.int64)[:, None] + offset + lane)
+    places = lds_places(g, address, size)
+    put_places(g, places, data)
+    if g.m.shadow is not None and g.m.tracker is not None:
+        numbers = active(g, g.m.tracker.issued["vm"][g.sel][:, None] + 1)
+        waves = active(g, np.arange(g.m.waves)[g.sel][:, None])
+        g.m.shadow.landed_by_load(waves, places, size, numbers)
 
 
 def _address(b: Builder, index: int) -> Callable[[Group], np.ndarray]:
@@ -248,11 +274,15 @@ def _lds_atomic(dtype: Any, function: Callable[[Any, Any], Any], returns: bool) 
         offset = b.number("offset")
 
         def run(g: Group) -> None:
-            places = lds_places(g, address(g) + offset, 4) // 4
+            places = lds_places(g, address(g) + offset, 4)
+            if g.m.shadow is not None and places.size:
+                g.m.shadow.atomic(g, places, 4)
+            _measure(g, places, 4)
+            _note_write(g)
             values = active(g, g.V[data.row]).view(dtype)
             words = g.m.lds.view(dtype)
             before = np.empty(places.size, dtype)
-            for lane, place in enumerate(places):
+            for lane, place in enumerate(places // 4):
                 before[lane] = words[place]
                 words[place] = function(words[place], values[lane])
             if destination is not None:

@@ -50,11 +50,7 @@ ALIASES = {
     "s_clz_i32_u32": "s_flbit_i32_b32",
     "s_clz_i32_u64": "s_flbit_i32_b64",
     "s_addk_co_i32": "s_addk_i32",
-    "s_add_u64": "s_add_nc_u64",
-    "s_sub_u64": "s_sub_nc_u64",
 }
-for _new, _old in (("and_not1", "andn2"), ("or_not1", "orn2"), ("and_not0", "andn1"), ("or_not0", "orn1")):
-    ALIASES |= {f"s_{_new}_saveexec_b{_bits}": f"s_{_old}_saveexec_b{_bits}" for _bits in (32, 64)}
 
 
 def register(*names: str) -> Callable[[Factory], Factory]:
@@ -74,8 +70,3 @@ def base_name(mnemonic: str) -> str:
     """Mnemonic without encoding suffix, under the name the table has."""
     name = _SUFFIX.sub("", mnemonic)
     return ALIASES.get(name, name)
-
-
-def known() -> tuple[str, ...]:
-    """Every mnemonic that is implemented, without encoding suffixes."""
-    return tuple(sorted([*FACTORIES, *ALIASES]))

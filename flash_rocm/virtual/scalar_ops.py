@@ -130,7 +130,7 @@ def _float_pair(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Res
     return lambda a, b: (np.asarray(function(a.view(np.float32), b.view(np.float32))).view(_U32), None)
 
 
-for _name, _ufunc in (("add", np.add), ("sub", np.subtract), ("mul", np.multiply), ("max", np.fmax), ("min", np.fmin)):
+for _name, _ufunc in (("add", np.add), ("sub", np.subtract), ("mul", np.multiply)):
     _SOP2[f"s_{_name}_f32"] = _float_pair(_ufunc)
 _SOP2["s_max_num_f32"], _SOP2["s_min_num_f32"] = _float_pair(np.fmax), _float_pair(np.fmin)
 
@@ -471,6 +471,7 @@ def _saveexec(function: Callable[[Any, Any], Any], wide: bool) -> Callable[[Buil
     return compile_one
 
 
+_RDNA_NAMES = {"andn2": "and_not1", "orn2": "or_not1", "andn1": "and_not0", "orn1": "or_not0"}
 for _name, _pair in (
     ("and", lambda s, e: s & e),
     ("or", lambda s, e: s | e),
@@ -484,7 +485,10 @@ for _name, _pair in (
     ("orn1", lambda s, e: ~s | e),
 ):
     FACTORIES[f"s_{_name}_saveexec_b64"] = _saveexec(_pair, True)
-    FACTORIES[f"s_{_name}_saveexec_b32"] = _saveexec(_pair, False)
+    # Waves of 32 lanes came with the new names.
+    _rdna_name = _RDNA_NAMES.get(_name, _name)
+    FACTORIES[f"s_{_rdna_name}_saveexec_b64"] = _saveexec(_pair, True)
+    FACTORIES[f"s_{_rdna_name}_saveexec_b32"] = _saveexec(_pair, False)
 
 
 # Waits and hints
@@ -497,8 +501,8 @@ def _ignore(b: Builder) -> Handler:
 
 
 for _name in (
-    *("s_nop", "s_sleep", "s_setprio", "s_inst_prefetch", "s_set_inst_prefetch_distance", "s_clause", "s_delay_alu"),
-    *("s_code_end", "s_icache_inv", "s_dcache_inv", "s_dcache_wb", "s_wait_alu", "s_waitcnt_depctr", "s_wait_idle"),
+    *("s_nop", "s_sleep", "s_setprio", "s_set_inst_prefetch_distance", "s_clause", "s_delay_alu"),
+    *("s_code_end", "s_icache_inv", "s_dcache_inv", "s_dcache_wb", "s_wait_alu", "s_waitcnt_depctr"),
 ):
     FACTORIES[_name] = _ignore
 
@@ -581,9 +585,9 @@ def _sendmsg(b: Builder) -> Handler:
     return lambda g: None
 
 
-@register("s_setreg_imm32_b32", "s_setreg_b32")
-def _setreg(b: Builder) -> Handler:
-    raise b.unsupported("writing a hardware register")
+@register("s_wait_idle")
+def _wait_idle(b: Builder) -> Handler:
+    return _wait_handler([(counter, 0) for counter in ("vm", "vs", "ds", "sm")])
 
 
 # Scalar loads

@@ -10,6 +10,7 @@ import numpy as np
 from flash_rocm.amdgpu.assembly import Program
 
 from .executable import Executable
+from .lane_data import LOADS, STORES
 from .registry import base_name
 
 
@@ -110,8 +111,6 @@ class LaunchStats:
     @property
     def vmem_bytes(self) -> int:
         """Bytes of loads and stores to global memory and buffers, with all lanes counted as active."""
-        from .memory_ops import LOADS, STORES
-
         total = 0
         for mnemonic, count in self.per_mnemonic().items():
             for verb, shapes in (("_load_", LOADS), ("_store_", STORES)):

@@ -149,10 +149,6 @@ class Tracker:
         if late.any():
             raise MissingWait("a wave enters a barrier before its LDS writes are waited for")
 
-    def lds_written(self, group: Any) -> None:
-        """The LDS instruction just counted writes."""
-        self.last_lds_write[group.sel] = self.issued["ds"][group.sel]
-
 
 #: Words that hold several granules' states at once, by bytes.
 _WIDE: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -179,6 +175,8 @@ class LdsShadow:
         # Loads from memory to LDS in flight: number of the load, and its wave, per granule.
         self.landing: np.ndarray | None = None
         self.landing_wave: np.ndarray | None = None
+        # A bit per wave that changed a granule by an atomic since the barrier.
+        self.atomics: np.ndarray | None = None
 
     def _units(self, places: np.ndarray, size: int) -> np.ndarray:
         """Granules of accesses of ``size`` bytes at bytes ``places``: int64 [n, granules]."""
@@ -190,6 +188,7 @@ class LdsShadow:
         """Note a read; ``places``: int64 [n], byte in the LDS of the batch for each active lane."""
         if self.landing is not None:
             self._check_landing(group, self._units(places, size))
+        self._check_atomics(group, places, size, "reads")
         count = max(size // self.granule, 1)
         word = self.dtype.itemsize * count
         base = group.active_lanes(group.reader_base(self.per_workgroup))
@@ -212,9 +211,7 @@ class LdsShadow:
     def _read_slowly(self, group: Any, places: np.ndarray, size: int, base: np.ndarray) -> None:
         units, kind = self._units(places, size), self.dtype.type
         found = self.state[units]
-        if self.written and not (found >= kind(self.ever)).all():
-            where = int(units[found < kind(self.ever)][0]) % self.per_workgroup * self.granule
-            raise UninitialisedRead(f"read of LDS byte {where}, which nothing has written")
+        self._check_written(found, units)
         if not self.races:
             return
         waves = group.active_lanes(group.m.local_wave[group.sel][:, None])
@@ -228,6 +225,39 @@ class LdsShadow:
         self.readers[base[:, None] + units] = 1
         self.read_since[group.m.workgroup[group.sel]] = True
 
+    def _check_written(self, found: np.ndarray, units: np.ndarray) -> None:
+        missing = found < self.dtype.type(self.ever)
+        if self.written and missing.any():
+            where = int(units[missing][0]) % self.per_workgroup * self.granule
+            raise UninitialisedRead(f"read of LDS byte {where}, which nothing has written")
+
+    def atomic(self, group: Any, places: np.ndarray, size: int) -> None:
+        """Note atomics, which race with what other waves read and write, and not with their atomics."""
+        units = self._units(places, size)
+        self._check_landing(group, units)
+        self._check_written(self.state[units], units)
+        if not self.races:
+            return
+        if self.atomics is None:
+            self.atomics = np.zeros_like(self.state)
+        waves = group.active_lanes(group.m.local_wave[group.sel][:, None])
+        for wave in np.unique(waves):
+            mine, own = units[waves == wave], self.dtype.type(1 << int(wave))
+            self._check_write(int(wave), mine, self.state[mine] & ~(own | self.dtype.type(self.ever)))
+            self.atomics[mine] |= own
+
+    def _check_atomics(self, group: Any, places: np.ndarray, size: int, does: str) -> None:
+        if self.atomics is None:
+            return
+        units = self._units(places, size)
+        waves = group.active_lanes(group.m.local_wave[group.sel][:, None])
+        own = (np.uint64(1) << waves.astype(np.uint64)).astype(self.dtype)[:, None]
+        clash = self.atomics[units] & ~own
+        if clash.any():
+            lane, part = (int(x[0]) for x in np.nonzero(clash))
+            other = bits_of(int(clash[lane, part]))[0]
+            self._report(int(waves[lane]), int(units[lane, part]), does, other, "changed")
+
     def write(self, group: Any, places: np.ndarray, data: np.ndarray, lds: np.ndarray) -> None:
         """Write uint8 [n, size] to ``lds``, wave after wave, noting it.
 
@@ -235,6 +265,7 @@ class LdsShadow:
         waves let each of them store it.
         """
         size, kind = data.shape[1], self.dtype.type
+        self._check_atomics(group, places, size, "writes")
         if self._write_at_once(group, places, size):
             put_bytes(lds, places, data)
             return
@@ -301,6 +332,8 @@ class LdsShadow:
     def barrier(self, workgroups: np.ndarray) -> None:
         """These workgroups have passed a barrier."""
         self.state.reshape(-1, self.per_workgroup)[workgroups] &= self.dtype.type(self.ever)
+        if self.atomics is not None:
+            self.atomics.reshape(-1, self.per_workgroup)[workgroups] = 0
         readers = self.readers.reshape(-1, self.waves_each * self.per_workgroup)
         readers[workgroups[self.read_since[workgroups]]] = 0
         self.read_since[workgroups] = False
