@@ -130,7 +130,7 @@ def plan(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSourc
     return Plan(
         config=entry,
         constants=constants,
-        options=entry.compile_options(arch.vendor),
+        options=entry.compile_options(),
         blocks=-(-length // block),
         scale=scale / softcap if softcap > 0.0 else scale * LOG2E,
         softcap_log2=softcap * LOG2E,
