@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flash_rocm import runtime, virtual_device
+from flash_rocm.amdgpu.chips import CHIPS
 
 from .compile import BUFFER_BYTES, Pointer, compile_for
 from .plan import Plan
@@ -52,6 +53,7 @@ def launch(
         constants: its compile-time arguments by name.
 
     Raises:
+        ConfigError: the kernel takes more LDS than the chip has.
         flash_rocm.virtual.VirtualGpuError: the kernel did something wrong, or takes an instruction that is not known.
     """
     from flash_rocm.virtual import Launch, VirtualGpu, load_code_object
@@ -77,9 +79,12 @@ def launch(
         compiled = compile_for(arch, kernel, pointers, used, current.options)
         lds_bytes = compiled.metadata.shared
         _loaded[key] = load_code_object(compiled.asm["hsaco"], assembly=compiled.asm["amdgcn"], lds_bytes=lds_bytes)
+    code, limit = _loaded[key], CHIPS[arch.name].lds_per_workgroup
+    if code.lds_bytes > limit:
+        raise current.too_large("bytes of LDS", limit, code.lds_bytes)
     ready = Launch(
         gpu,
-        _loaded[key],
+        code,
         grid=(programs, 1, 1),
         block_threads=current.options["num_warps"] * arch.wave_size,
         # Behind the arguments of a Triton kernel come two pointers to scratch that these kernels do not use.
