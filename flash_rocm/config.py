@@ -24,7 +24,7 @@ import functools
 import importlib.resources
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from flash_rocm import runtime
 from flash_rocm.config_schema import (
@@ -35,6 +35,7 @@ from flash_rocm.config_schema import (
     check_file,
     check_kernel_overrides,
     check_options,
+    check_reach,
 )
 from flash_rocm.runtime import ConfigSource
 
@@ -105,16 +106,15 @@ def file_contents(arch: str, folder: str | None = None) -> dict[str, Any]:
 
 
 def _resolved(arch: str, folder: str | None) -> tuple[ArchConfigs, dict[str, Any]]:
-    found = _read(arch, folder)
+    chain, found = [arch], _read(arch, folder)
     if found is None:
         runtime.log_once(f"no kernel configs for {arch}: using generic.json")
-        arch, found = "generic", _read("generic", folder)
+        chain, found = [arch, "generic"], _read("generic", folder)
         if found is None:
             raise ConfigError("generic.json: expected among the configs, not found: the installation is incomplete")
-    chain = [arch]
     while True:
         path, shown, raw = found
-        contents = check_file(path, shown, chain[-1], raw)
+        contents = check_file(path, shown, chain[-1], raw, chain)
         if isinstance(contents, ArchConfigs):
             return contents, raw
         found = _read(contents, folder)
@@ -125,21 +125,29 @@ def _resolved(arch: str, folder: str | None) -> tuple[ArchConfigs, dict[str, Any
         chain.append(contents)
 
 
+class _Override(NamedTuple):
+    """Options of a kernel that a variable replaces; ``where`` they stand, for errors."""
+
+    variable: str
+    where: str
+    options: dict[str, int]
+
+
 @functools.cache
-def _overrides(kernels: str | None, forward: str | None) -> dict[str, tuple[dict[str, int], str]]:
-    """Options by kernel that the variables replace, and the name of the variable."""
-    found: dict[str, tuple[dict[str, int], str]] = {}
+def _overrides(kernels: str | None, forward: str | None) -> dict[str, _Override]:
+    """What the variables replace, by kernel."""
+    found: dict[str, _Override] = {}
     if forward:
         raw = parse(_THEIRS, forward)
         if isinstance(raw, dict) and "PRE_LOAD_V" in raw:
             runtime.warn_once(f"{_THEIRS}: PRE_LOAD_V has no counterpart in these kernels and changes nothing")
             raw = {key: value for key, value in raw.items() if key != "PRE_LOAD_V"}
-        found["forward"] = (check_options(_THEIRS, "forward", raw, _THEIR_OPTIONS), _THEIRS)
+        found["forward"] = _Override(_THEIRS, _THEIRS, check_options(_THEIRS, "forward", raw, _THEIR_OPTIONS))
     if kernels:
         ours = check_kernel_overrides(_OURS, parse(_OURS, kernels))
         if forward and "forward" in ours:
             runtime.warn_once(f"{_OURS} overrides {_THEIRS}")
-        found |= {kernel: (options, _OURS) for kernel, options in ours.items()}
+        found |= {kernel: _Override(_OURS, f"{_OURS}.{kernel}", options) for kernel, options in ours.items()}
     return found
 
 
@@ -159,12 +167,16 @@ def lookup(
         tuned: what :func:`flash_rocm.tuned.find` knows.
 
     Raises:
-        ConfigError: a file or variable is wrong, or no entry matches.
+        ConfigError: a file or variable is wrong, also for this arch alone, or no entry matches.
     """
     source = source or _SHIPPED
     found = tuned or _from_file(arch, kernel, facts, source.folder)
-    options, variable = _overrides(source.kernels, source.forward).get(kernel, ({}, ""))
-    return found.overridden(options, variable) if options else found
+    override = _overrides(source.kernels, source.forward).get(kernel)
+    if override is None or not override.options:
+        return found
+    # Only here is it known which chip a variable is for.
+    check_reach(override.where, kernel, override.options, (arch,))
+    return found.overridden(override.options, override.variable)
 
 
 def _from_file(arch: str, kernel: str, facts: Facts, folder: str | None) -> KernelConfig:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 #: Changes when entries that were stored under an earlier one can no longer be used.
 VERSION = 1
@@ -26,9 +26,7 @@ OPTIONS: dict[str, tuple[int, ...]] = {
     "kpack": (0, 1, 2),
 }
 REQUIRED_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-AMD_OPTIONS = ("waves_per_eu", "matrix_instr_nonkdim", "kpack")
-#: Options that a kernel does not act on: 0 is all they can be there.
-UNUSED_OPTIONS: dict[str, tuple[str, ...]] = {"probs": ("BLOCK_K",)}
+COMPILER_OPTIONS = ("num_warps", "num_stages", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
 RANGES = ("headdim", "seqlen")
 FLAGS = ("causal", "masked", "varlen", "paged")
 MATCH_KEYS = ("dtype", *RANGES, *FLAGS)
@@ -46,6 +44,23 @@ _UNLIMITED = 1 << 30
 
 class ConfigError(ValueError):
     """A config is wrong; the text names file or variable, entry, key, what was expected and what it got."""
+
+
+class Reach(NamedTuple):
+    """Where an option acts: the kernels, and what the names of the archs begin with."""
+
+    kernels: tuple[str, ...] = KERNELS
+    archs: tuple[str, ...] = ("",)
+
+
+#: Options that do not act everywhere: elsewhere 0 is all they can be.  ``generic.json`` serves any arch, so that
+#: only what acts on all of them may stand there.
+REACH = {
+    "BLOCK_K": Reach(kernels=("forward", "backward_dq", "backward_dkdv")),
+    "waves_per_eu": Reach(archs=("gfx",)),
+    "matrix_instr_nonkdim": Reach(archs=("gfx9",)),
+    "kpack": Reach(archs=("gfx90a", "gfx942")),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +129,8 @@ class KernelConfig:
     """Tuning of one Triton kernel.  Block sizes in rows and columns of the score matrix.
 
     BLOCK_K: dims of the head that the products over it take at a time; 0: all, the left operand staying in
-    registers (probs always takes all).  waves_per_eu, matrix_instr_nonkdim and kpack are AMD's compiler
-    options, 0 for its default.
+    registers.  waves_per_eu, matrix_instr_nonkdim and kpack are options of AMD's compiler, 0 for its default;
+    :data:`REACH` says which chips they act on.
     """
 
     BLOCK_M: int
@@ -130,12 +145,9 @@ class KernelConfig:
     provenance: Provenance = dataclasses.field(default=Provenance("first choice"), compare=False)
     source: str = dataclasses.field(default="", compare=False)
 
-    def compile_options(self, vendor: str) -> dict[str, int]:
-        """Options of the compiler for one vendor."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if vendor == "amd":
-            options |= {name: getattr(self, name) for name in AMD_OPTIONS if getattr(self, name)}
-        return options
+    def compile_options(self) -> dict[str, int]:
+        """Options of the compiler; 0, which is all that may stand where one does not act, says nothing to it."""
+        return {name: getattr(self, name) for name in COMPILER_OPTIONS if getattr(self, name)}
 
     def options(self) -> dict[str, int]:
         """Every option by name."""
@@ -218,17 +230,34 @@ def _check_integer(where: str, raw: Any, minimum: int) -> int:
 
 
 def check_options(where: str, kernel: str, raw: Any, allowed: Iterable[str] = tuple(OPTIONS)) -> dict[str, int]:
-    """Options of a kernel, all of them optional."""
+    """Options of a kernel, all of them optional, for an arch that :func:`check_reach` is told when it is known."""
     options = check_object(where, raw, allowed)
-    for key in UNUSED_OPTIONS.get(kernel, ()):
-        if _check_choice(f"{where}.{key}", options.get(key, 0), OPTIONS[key]):
-            raise ConfigError(f"{where}.{key}: expected 0 or no value, {kernel} does not use it, got {options[key]!r}")
-    return {key: _check_choice(f"{where}.{key}", value, OPTIONS[key]) for key, value in options.items()}
+    checked = {key: _check_choice(f"{where}.{key}", value, OPTIONS[key]) for key, value in options.items()}
+    check_reach(where, kernel, checked)
+    return checked
 
 
-def check_all_options(where: str, kernel: str, raw: Any) -> dict[str, int]:
-    """Options of a kernel, with none missing that has no default."""
+def check_reach(where: str, kernel: str, options: Mapping[str, int], archs: Iterable[str] = ()) -> None:
+    """Raise ConfigError for an option that the kernel, or one of the archs, would ignore."""
+    for key in (key for key in REACH if options.get(key)):
+        reach = REACH[key]
+        strangers = [arch for arch in archs if not arch.startswith(reach.archs)]
+        if kernel not in reach.kernels:
+            who, acts = kernel, f"in {', '.join(reach.kernels)}"
+        elif strangers:
+            who, acts = strangers[0], f"on {', '.join(f'{name}*' for name in reach.archs)}"
+        else:
+            continue
+        raise ConfigError(
+            f"{where}.{key}: expected 0 or no value, {who} does not use it, got {options[key]}. "
+            f"Hint: leave it out here, it acts {acts} only"
+        )
+
+
+def check_all_options(where: str, kernel: str, raw: Any, archs: Iterable[str]) -> dict[str, int]:
+    """Options of a kernel for some archs, with none missing that has no default."""
     options = check_options(where, kernel, raw)
+    check_reach(where, kernel, options, archs)
     return check_object(where, options, OPTIONS, REQUIRED_OPTIONS)
 
 
@@ -283,10 +312,10 @@ def check_provenance(where: str, raw: Any) -> Provenance:
     return Provenance(**facts)
 
 
-def _check_entry(where: str, source: str, raw: Any) -> Entry:
+def _check_entry(where: str, source: str, raw: Any, archs: Sequence[str]) -> Entry:
     entry = check_object(where, raw, ENTRY_KEYS, ("kernel", "options", "provenance"))
     kernel = _check_choice(f"{where}.kernel", entry["kernel"], KERNELS)
-    options = check_all_options(f"{where}.options", kernel, entry["options"])
+    options = check_all_options(f"{where}.options", kernel, entry["options"], archs)
     config = KernelConfig(
         **options,  # type: ignore[arg-type]
         limits=_check_limits(f"{where}.limits", entry.get("limits", {})),
@@ -317,13 +346,14 @@ def _check_ck_entry(where: str, source: str, raw: Any) -> CkConfig:
     )
 
 
-def check_file(path: str, shown: str, arch: str, raw: Any) -> ArchConfigs | str:
+def check_file(path: str, shown: str, arch: str, raw: Any, served: Sequence[str] = ()) -> ArchConfigs | str:
     """The contents of a file, or the name of the arch whose file it inherits.
 
     Args:
         path: for errors.
         shown: how ``explain`` names the file.
         arch: the file's name without suffix, which it must repeat: a renamed copy is noticed.
+        served: other archs that take this file.
     """
     contents = check_object(path, raw, FILE_KEYS, ("arch",))
     if contents["arch"] != arch:
@@ -340,7 +370,7 @@ def check_file(path: str, shown: str, arch: str, raw: Any) -> ArchConfigs | str:
     return ArchConfigs(
         arch,
         tuple(
-            _check_entry(f"{path}: triton[{index}]", f"{shown} triton[{index}]", entry)
+            _check_entry(f"{path}: triton[{index}]", f"{shown} triton[{index}]", entry, (arch, *served))
             for index, entry in enumerate(contents["triton"])
         ),
         tuple(

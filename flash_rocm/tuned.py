@@ -133,7 +133,7 @@ def read(path: pathlib.Path, key: TuneKey) -> Outcome | None:
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
             raise ConfigError(f"{where}.milliseconds.{name}: expected a number > 0, got {value!r}")
     return Outcome(
-        check_all_options(f"{where}.options", key.kernel, contents["options"]),
+        check_all_options(f"{where}.options", key.kernel, contents["options"], (key.arch,)),
         check_provenance(f"{where}.provenance", contents["provenance"]),
         times["before"] / 1e3,
         times["after"] / 1e3,

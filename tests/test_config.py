@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from config_files import ENTRY, FACTS, OPTIONS, write
 
 from flash_rocm import backends, config, config_schema, runtime
 from flash_rocm.amdgpu.chips import CHIPS, NVIDIA_SHARED
@@ -22,9 +23,6 @@ from flash_rocm.testing import make_problem
 CONFIGS = pathlib.Path(config.__file__).parent.parent / "configs"
 SCHEMA = json.loads((CONFIGS / "schema.json").read_text())
 ARCHS = sorted(path.stem for path in CONFIGS.glob("*.json") if path.stem != "schema")
-FACTS = Facts("bfloat16", 128, 1024, causal=False, masked=False, varlen=False)
-OPTIONS = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-ENTRY = {"kernel": "forward", "options": OPTIONS, "provenance": {"how": "first choice"}}
 CK_ENTRY = {
     "kernel": "forward",
     "tile": [128, 128, 32, 128, 32, 128],
@@ -43,15 +41,6 @@ def _fresh() -> Iterator[None]:
     yield
     config.arch_configs.cache_clear()
     config._overrides.cache_clear()
-
-
-def write(folder: pathlib.Path, arch: str = "gfx942", **contents: Any) -> ConfigSource:
-    """One file of a user's folder."""
-    raw = {"arch": arch, **({"triton": [ENTRY]} | contents)}
-    if "inherits" in contents:
-        del raw["triton"]
-    (folder / f"{arch}.json").write_text(json.dumps(raw))
-    return ConfigSource(folder=str(folder))
 
 
 def taken(source: ConfigSource | None, kernel: str = "forward", **facts: Any) -> KernelConfig:
@@ -112,9 +101,19 @@ def test_schema_json_documents_what_is_checked() -> None:
         assert set(documented.get("required", ())) == required, name
         assert documented["additionalProperties"] is False, name
     assert {name: tuple(rule["enum"]) for name, rule in options["properties"].items()} == config_schema.OPTIONS
-    kernel = entry["if"]["properties"]["kernel"]["const"]
-    unused = {name for name, rule in entry["then"]["properties"]["options"]["properties"].items() if rule["const"] == 0}
-    assert {kernel: unused} == {kernel: set(names) for kernel, names in config_schema.UNUSED_OPTIONS.items()}
+    zero = {name: {"properties": {name: {"const": 0}}} for name in config_schema.REACH}
+    (restricted,) = (name for name, reach in config_schema.REACH.items() if reach.kernels != config_schema.KERNELS)
+    (other,) = set(config_schema.KERNELS) - set(config_schema.REACH[restricted].kernels)
+    assert entry["if"] == {"properties": {"kernel": {"const": other}}}
+    assert entry["then"] == {"properties": {"options": zero[restricted]}}
+    assert SCHEMA["allOf"] == [
+        {
+            "if": {"properties": {"arch": {"pattern": f"^({'|'.join(reach.archs)})"}}},
+            "else": {"properties": {"triton": {"items": {"properties": {"options": zero[name]}}}}},
+        }
+        for name, reach in config_schema.REACH.items()
+        if reach.archs != ("",)
+    ]
     choices = {
         config_schema.KERNELS: entry["properties"]["kernel"],
         config_schema.DTYPES: match["properties"]["dtype"]["items"],

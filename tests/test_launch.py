@@ -112,7 +112,8 @@ def test_more_lds_than_the_chip_has_names_the_config(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(launch.KERNELS["forward"], "kernel", TooLarge())
     problem = make_problem(headdim=16)
-    with pytest.raises(config.ConfigError, match=r"cpu.json triton\[0\].*Required: 99999, Hardware limit: 65536"):
+    text = r"forward: .*cpu.json triton\[0\].*shared memory <= 65536, got 99999. Hint: smaller blocks"
+    with pytest.raises(config.ConfigError, match=text):
         launch.forward(problem, make_inputs(problem).inputs)
 
 

@@ -6,8 +6,10 @@ What the kernels compute there is the business of the matrix (targets ``virtual:
 from __future__ import annotations
 
 import collections
+import dataclasses
 import gc
 import importlib.util
+import json
 import pathlib
 import re
 import warnings
@@ -27,6 +29,8 @@ from triton.runtime.jit import create_function_from_signature
 
 import flash_rocm
 from flash_rocm import cli, runtime, virtual_device
+from flash_rocm.amdgpu.chips import CHIPS
+from flash_rocm.config_schema import ConfigError
 from flash_rocm.testing import assert_attention_close, make_inputs, make_problem
 from flash_rocm.virtual import Launch, LaunchStats
 
@@ -145,6 +149,23 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = r"triton, numpy, elftools, msgpack not found. Hint: pip install .flash_rocm\[virtual\]"
     with pytest.raises(ValueError, match=missing), flash_rocm.virtual_gpu("gfx942"):
         pass
+
+
+def test_more_lds_than_the_chip_has_names_the_config(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    options = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 2, "num_stages": 1}
+    entries = [
+        {"kernel": name, "options": options, "provenance": {"how": "first choice"}} for name in ("probs", "forward")
+    ]
+    (tmp_path / "gfx942.json").write_text(json.dumps({"arch": "gfx942", "triton": entries}))
+    monkeypatch.setenv("FLASH_ROCM_CONFIG_DIR", str(tmp_path))
+    # Blocks that pass the real limit take minutes to compile.
+    monkeypatch.setitem(CHIPS, "gfx942", dataclasses.replace(CHIPS["gfx942"], lds_per_workgroup=1024))
+    named = rf"forward: .*BLOCK_N=32 .*\({tmp_path}/gfx942.json triton\[1\]; first choice\)"
+    with (
+        pytest.raises(ConfigError, match=rf"^{named}: .*bytes of LDS <= 1024, got \d+. Hint: smaller blocks"),
+        flash_rocm.virtual_gpu("gfx942"),
+    ):
+        flash_rocm.flash_attn_func(*inputs())
 
 
 def _identity(source: ASTSource, options: Any) -> tuple[Any, ...]:

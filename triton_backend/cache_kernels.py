@@ -18,6 +18,7 @@ from .common import (
     LOG2E,
     between,
     dot,
+    join_sink,
     load_slope,
     load_tile,
     modified_scores,
@@ -361,20 +362,15 @@ def attn_cache_kernel(
         True, MASK_LEFT or CHUNK, RAW_SCALE, SOFTCAP, ALIBI, TIES_UP, V_IS_K2, CHECKED,
     )  # fmt: skip
 
-    if sinks_ptr is not None:
-        # The first split counts it for all: weighed by its LSE, the combination is right without knowing.
-        sink = tl.load(sinks_ptr + heads).to(tl.float32) * LOG2E
-        sink = tl.where(split == 0, sink, float("-inf"))
-        new_max = tl.maximum(row_max, sink)
-        subtract = tl.where(new_max == float("-inf"), 0.0, new_max)
-        acc = acc * tl.exp2(row_max - subtract)[:, None]
-        row_sum = row_sum * tl.exp2(row_max - subtract) + tl.exp2(sink - subtract)
-        row_max = new_max
-
     # As in the forward kernel: a row without a key, and one that sees nothing but NaN.
     dead = (row_max == float("-inf")) & (row_sum == 0.0)
+    unseen = tl.full([BLOCK_M], float("-inf"), tl.float32)  # softmax_lse of a row without a key
+    if sinks_ptr is not None:
+        # The first split counts the sink in for all: weighed by its LSE, the combination is right without knowing.
+        unseen = tl.where(split == 0, tl.load(sinks_ptr + heads), float("-inf"))
+        acc, row_sum, row_max = join_sink(acc, row_sum, row_max, unseen * LOG2E)
     out = tl.where(dead[:, None], 0.0, acc * (1.0 / tl.where(dead, 1.0, row_sum))[:, None])
-    lse = tl.where(dead, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
+    lse = tl.where(dead, unseen, (row_max + tl.log2(row_sum)) * LN2)
 
     out_rows = q_rows
     if cu_seqlens_q_ptr is None:

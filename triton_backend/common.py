@@ -199,6 +199,16 @@ def dropout_keep(rng_ptr, rows, cols, head_index, threshold):
 
 
 @triton.jit
+def join_sink(acc, row_sum, row_max, sink_log2):
+    """Count the sink in, a key without a value: acc [BLOCK_M, BLOCK_DV]; row_sum, row_max [BLOCK_M]."""
+    new_max = tl.maximum(row_max, sink_log2)
+    subtract = tl.where(new_max == float("-inf"), 0.0, new_max)
+    rescale = tl.exp2(row_max - subtract)
+    row_sum = row_sum * rescale + tl.exp2(sink_log2 - subtract)
+    return acc * rescale[:, None], row_sum, new_max
+
+
+@triton.jit
 def load_slope(alibi_ptr, stride_alibi_batch, batch, head):
     """ALiBi slope of one head in log2 units."""
     return tl.load(alibi_ptr + batch * stride_alibi_batch + head) * LOG2E

@@ -14,6 +14,7 @@ from .common import (
     dot,
     dot_by_chunks,
     dropout_keep,
+    join_sink,
     key_ranges,
     load_slope,
     load_tile,
@@ -91,16 +92,6 @@ def _attend(
         acc = acc * rescale[:, None]
         acc = dot(round_to(p, v.dtype, TIES_UP), v, acc)
     return acc, row_sum, row_max
-
-
-@triton.jit
-def _join_sink(acc, row_sum, row_max, sink_log2):
-    """Count the sink in, a key without a value: acc [BLOCK_M, BLOCK_DV]; row_sum, row_max [BLOCK_M]."""
-    new_max = tl.maximum(row_max, sink_log2)
-    subtract = tl.where(new_max == float("-inf"), 0.0, new_max)
-    rescale = tl.exp2(row_max - subtract)
-    row_sum = row_sum * rescale + tl.exp2(sink_log2 - subtract)
-    return acc * rescale[:, None], row_sum, new_max
 
 
 @triton.jit(
@@ -201,7 +192,7 @@ def attn_fwd_kernel(
     unseen = float("-inf")  # softmax_lse of such a row
     if SINKS:
         unseen = tl.load(sinks_ptr + head)
-        acc, row_sum, row_max = _join_sink(acc, row_sum, row_max, unseen * LOG2E)
+        acc, row_sum, row_max = join_sink(acc, row_sum, row_max, unseen * LOG2E)
     out = acc * (dropout_rescale / tl.where(dead, 1.0, row_sum))[:, None]
     out = tl.where(dead[:, None], 0.0, out)
     lse = tl.where(dead, unseen, (row_max + tl.log2(row_sum)) * LN2)

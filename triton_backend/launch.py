@@ -10,7 +10,6 @@ import torch
 import triton
 
 from flash_rocm import runtime, sinks, virtual_device
-from flash_rocm.config_schema import ConfigError
 from flash_rocm.problem import AttentionInputs, AttentionProblem, layout_of, lse_shape
 from flash_rocm.runtime import ConfigSource
 
@@ -113,9 +112,7 @@ class Launcher:
             try:
                 compiled = self.kernel[(programs,)](*tensors, *call.lse_strides, *tail, **current.options)
             except triton.OutOfResources as error:
-                raise ConfigError(
-                    f"{current.config.describe()}: expected a kernel that fits the chip, {error}"
-                ) from error
+                raise current.too_large(error.name, error.limit, error.required) from error
         if not INTERPRET.value:
             self.compiled.add(compiled.hash)
             if key is not None:

@@ -11,7 +11,7 @@ import torch
 
 from flash_rocm import config, runtime, tuned
 from flash_rocm.amdgpu.chips import CHIPS
-from flash_rocm.config_schema import Facts, KernelConfig
+from flash_rocm.config_schema import ConfigError, Facts, KernelConfig
 from flash_rocm.problem import AttentionProblem, dropout_threshold
 from flash_rocm.runtime import Arch, ConfigSource
 from flash_rocm.tuned import TuneKey
@@ -83,10 +83,11 @@ def describe_configs(problem: AttentionProblem, arch: Arch) -> list[str]:
 class Plan:
     """What one kernel launch of a problem takes besides pointers and strides.
 
-    ``constants`` are compile-time, in the kernel's order of names; ``scalars`` are run-time numbers
-    that a new length, scale or window changes without compiling.
+    ``kernel`` is its name in configs.  ``constants`` are compile-time, in the kernel's order of names;
+    ``scalars`` are run-time numbers that a new length, scale or window changes without compiling.
     """
 
+    kernel: str
     config: KernelConfig
     constants: dict[str, Any]
     options: dict[str, int]
@@ -97,6 +98,13 @@ class Plan:
     window_right: int
     dropout_threshold: int
     dropout_rescale: float
+
+    def too_large(self, what: str, limit: int, got: int) -> ConfigError:
+        """The error for a kernel that the chip has no room for, which shows only when it is compiled."""
+        return ConfigError(
+            f"{self.kernel}: {self.config.describe()}: expected a kernel that fits the chip, {what} <= {limit}, "
+            f"got {got}. Hint: smaller blocks or fewer stages, there or in FLASH_ROCM_KERNEL_CONFIG"
+        )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -134,9 +142,10 @@ def plan(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSourc
     over_keys = kernel == "backward_dkdv"
     length, block = (problem.seqlen_k, entry.BLOCK_N) if over_keys else (problem.seqlen_q, entry.BLOCK_M)
     return Plan(
+        kernel=kernel,
         config=entry,
         constants=constants,
-        options=entry.compile_options(arch.vendor),
+        options=entry.compile_options(),
         blocks=-(-length // block),
         scale=scale / softcap if softcap > 0.0 else scale * LOG2E,
         softcap_log2=softcap * LOG2E,

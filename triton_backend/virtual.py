@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flash_rocm import runtime, virtual_device
+from flash_rocm.amdgpu.chips import CHIPS
 
 from .compile import BUFFER_BYTES, Pointer, compile_for
 from .plan import Plan
@@ -55,6 +56,7 @@ def launch(
         constants: its compile-time arguments by name.
 
     Raises:
+        ConfigError: the kernel takes more LDS than the chip has.
         flash_rocm.virtual.VirtualGpuError: the kernel did something wrong, or takes an instruction that is not known.
     """
     from flash_rocm.virtual import Launch, VirtualGpu, load_code_object
@@ -83,9 +85,12 @@ def launch(
         if len(_loaded) > _KEPT:
             _loaded.popitem(last=False)
     _loaded.move_to_end(key)
+    code, limit = _loaded[key], CHIPS[arch.name].lds_per_workgroup
+    if code.lds_bytes > limit:
+        raise current.too_large("bytes of LDS", limit, code.lds_bytes)
     ready = Launch(
         gpu,
-        _loaded[key],
+        code,
         grid=(programs, 1, 1),
         block_threads=current.options["num_warps"] * arch.wave_size,
         # Behind the arguments of a Triton kernel come two pointers to scratch that these kernels do not use.

@@ -15,7 +15,7 @@ from typing import Any
 from flash_rocm import backends, virtual_device
 from flash_rocm.amdgpu.chips import PRODUCTS
 from flash_rocm.bench.progress import Progress
-from flash_rocm.config_schema import Provenance
+from flash_rocm.config_schema import ConfigError, Provenance
 from flash_rocm.inspect import InspectError, model
 from flash_rocm.problem import AttentionProblem
 from flash_rocm.runtime import Arch, ConfigSource
@@ -106,7 +106,7 @@ def tune(
                     break
                 try:
                     found[number] = predict(kernel, problem, arch, each)
-                except (CodeObjectError, UnsupportedInstruction, InspectError) as error:
+                except (ConfigError, CodeObjectError, UnsupportedInstruction, InspectError) as error:
                     say(f"  left out, {each.kernels}: {error}")
                 progress.step()
         return found

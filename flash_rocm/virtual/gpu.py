@@ -9,6 +9,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from flash_rocm.amdgpu.chips import CHIPS
+
 from .checks import Checks
 from .code_object import ARCHS, CodeObject
 from .errors import CodeObjectError, NanWritten
@@ -18,9 +20,6 @@ from .memory import Memory
 from .scheduler import Scheduler
 from .stats import LaunchStats, Measurements, count_blocks
 from .tracking import LdsShadow
-
-#: Most LDS of a workgroup, bytes.
-LDS_BYTES = {"gfx90a": 65536, "gfx942": 65536, "gfx950": 163840, "gfx1100": 65536, "gfx1200": 65536, "gfx1201": 65536}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +94,9 @@ class VirtualGpu:
         """
         if code.arch != self.arch:
             raise CodeObjectError(f"code: expected code for {self.arch}, got {code.arch}")
-        if code.lds_bytes > LDS_BYTES[self.arch]:
-            raise CodeObjectError(f"lds_bytes: {self.arch} has {LDS_BYTES[self.arch]}, got {code.lds_bytes}")
+        lds_limit = CHIPS[self.arch].lds_per_workgroup
+        if code.lds_bytes > lds_limit:
+            raise CodeObjectError(f"lds_bytes: expected at most the {lds_limit} of {self.arch}, got {code.lds_bytes}")
         block = (block_threads, 1, 1) if isinstance(block_threads, int) else block_threads
         threads = block[0] * block[1] * block[2]
         if not 0 < threads <= code.max_threads:
