@@ -41,7 +41,8 @@ _library.define(
     f"append_kv({_schema(_APPEND, ('k', 'v'))}, SymInt max_seqlen_new, bool rotary_interleaved, str backend) -> ()"
 )
 _library.define(
-    "combine_splits(Tensor out_partial, Tensor lse_partial, ScalarType out_dtype, str backend) -> (Tensor out, Tensor lse)"
+    "combine_splits(Tensor out_partial, Tensor lse_partial, ScalarType out_dtype, str backend) "
+    "-> (Tensor out, Tensor lse)"
 )
 
 

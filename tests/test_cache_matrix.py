@@ -1,4 +1,4 @@
-"""Calls over a K/V cache, every back end on every target, against the float64 oracle; cases from ``cache_matrix.py``."""
+"""Calls over a K/V cache, every back end on every target, against the float64 oracle: ``cache_matrix.py``."""
 
 from __future__ import annotations
 

@@ -382,7 +382,12 @@ def attn_cache_kernel(
     store_tile(out_ptrs, out, packed, rows_total * group_size, dims_v, HEADDIM_V, BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_lm", "stride_ob", "stride_om", "stride_oh", "stride_os", "stride_pb", "stride_pm", "stride_ph", "stride_ps", "seqlen_q", "nheads", "num_splits"])  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "stride_lb", "stride_lh", "stride_lm", "stride_ob", "stride_om", "stride_oh", "stride_os", "stride_pb",
+        "stride_pm", "stride_ph", "stride_ps", "seqlen_q", "nheads", "num_splits",
+    ]
+)  # fmt: skip
 def attn_combine_kernel(
     out_partial_ptr, lse_partial_ptr, out_ptr, lse_ptr,
     stride_lb: tl.int64, stride_lh: tl.int64, stride_lm: tl.int64,

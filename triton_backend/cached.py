@@ -170,15 +170,14 @@ def _attend_call(
 
 def _combine_parts(out_partial: torch.Tensor, lse_partial: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Combine parts (..., nheads, num_splits[, headdim_v]) of dense or varlen rows into out and softmax_lse."""
-    num_splits = lse_partial.shape[-1]
-    varlen = out.dim() == 3
-    rows = out.shape[0] if varlen else out.shape[1]
-    part, lse_part = out_partial.stride(), lse_partial.stride()
+    *_, rows, nheads, num_splits = lse_partial.shape
+    dim_v, varlen = out.shape[-1], out.dim() == 3
+    head, row = num_splits, nheads * num_splits  # both are contiguous, and softmax_lse's dims are in another order
     _launch_combine(
         (out_partial, lse_partial, out, lse),
         (*lse_strides_of(lse), 1),
-        (0 if varlen else part[0], *part[-4:-1]),
-        (0 if varlen else lse_part[0], *lse_part[-3:]),
+        (0 if varlen else rows * row * dim_v, row * dim_v, head * dim_v, dim_v),
+        (0 if varlen else rows * row, row, head, 1),
         rows,
         num_splits,
     )
@@ -238,14 +237,14 @@ def _launch_combine(
         "BLOCK_S": _BLOCK_S,
     }
     scalars = (lse_strides[2], *out_partial_strides, *lse_partial_strides, rows, nheads, num_splits)
-    current = _fixed_plan(constants, warps=4 if headdim_v > 64 else 2)
+    current = _fixed_plan("combine", constants, 4 if headdim_v > 64 else 2)
     COMBINE.launch_new(key, Call(current, programs, tensors, fresh, scalars, {}))
 
 
-def _fixed_plan(constants: dict[str, Any], warps: int) -> Plan:
+def _fixed_plan(kernel: str, constants: dict[str, Any], warps: int) -> Plan:
     """For kernels that move data and have nothing to tune."""
     config = KernelConfig(BLOCK_M=16, BLOCK_N=16, num_warps=warps, num_stages=1)
-    return Plan(config, constants, {"num_warps": warps, "num_stages": 1}, 1, 0.0, 0.0, 0, 0, 0, 1.0)
+    return Plan(kernel, config, constants, {"num_warps": warps, "num_stages": 1}, 1, 0.0, 0.0, 0, 0, 0, 1.0)
 
 
 def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
@@ -291,6 +290,6 @@ def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
         }
         programs = blocks * problem.batch * problem.nheads_k
         APPEND.launch_new(
-            key, Call(_fixed_plan(constants, warps=4 if block_t > 1 else 1), programs, tensors, fresh, scalars, {})
+            key, Call(_fixed_plan("append", constants, 4 if block_t > 1 else 1), programs, tensors, fresh, scalars, {})
         )
     _raise_reported(errors, inputs)

@@ -291,7 +291,7 @@ def _new(x: torch.Tensor, shape: Sequence[int], varlen: bool) -> torch.Tensor:
 
 def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse of one call; see :class:`flash_rocm.backends.Backend`."""
-    q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, _, logits, _ = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, logits, _ = inputs
     if logits is not None:
         logits = logits.contiguous()
     if problem.varlen:

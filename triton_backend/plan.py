@@ -55,8 +55,8 @@ def kernel_config(
 ) -> KernelConfig:
     """The config entry one kernel of this problem takes on this arch."""
     # Kernels over a K/V cache are not tuned.
-    may_be_tuned = source is not None and source.tuned and not problem.cached
-    found = tuned.find(source.tuned, tune_key(kernel, problem, arch)) if may_be_tuned else None
+    folder = source.tuned if source and not problem.cached else None
+    found = tuned.find(folder, tune_key(kernel, problem, arch)) if folder else None
     return config.lookup(arch.name, kernel, facts_of(problem), source, found)
 
 

@@ -116,8 +116,8 @@ def make_cache_inputs(
         inputs = inputs._replace(alibi_slopes=torch.rand(shape, generator=generator))
     if p.sinks:
         inputs = inputs._replace(sinks=torch.randn(p.nheads, generator=generator) * 2 + 2)
-    placed = (None if x is None else x.to(device or p.device_type) for x in inputs)
-    return CacheCase(CacheInputs(*placed), lengths_q, lengths_k, lengths_new, leftpad)
+    placed = {name: x.to(device or p.device_type) for name, x in inputs._asdict().items() if x is not None}
+    return CacheCase(CacheInputs(**placed), lengths_q, lengths_k, lengths_new, leftpad)
 
 
 def _place(inputs: CacheInputs, b: int, position: int) -> tuple[int, ...]:
