@@ -31,6 +31,7 @@ def check_inputs(inputs: CacheInputs, names: dict[str, str]) -> None:
     if q.dtype not in FLOAT_DTYPES:
         raise invalid(name("q"), "float16, bfloat16, float32 or float64", q.dtype, "cast the inputs.")
     batch = q.shape[0] if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.shape[0] - 1
+    _check_places(inputs, batch, name)
     _check_cache(inputs, name)
     if inputs.qv is not None:
         _check_like(name("qv"), inputs.qv, (*q.shape[:-1], v.shape[-1]), q)
@@ -40,7 +41,6 @@ def check_inputs(inputs: CacheInputs, names: dict[str, str]) -> None:
         _check_int32(name(field), getattr(inputs, field), (batch,), q)
     for field in ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new"):
         _check_int32(name(field), getattr(inputs, field), (batch + 1,), q)
-    _check_places(inputs, batch, name)
     if inputs.alibi_slopes is not None:
         check_alibi(inputs.alibi_slopes, q, batch)
     if inputs.sinks is not None and (inputs.sinks.shape != (q.shape[-2],) or inputs.sinks.device != q.device):

@@ -17,7 +17,7 @@ LEAVES = frozenset(
     f"flash_rocm.{name}"
     for name in (
         *("problem", "runtime", "virtual_device", "config", "config_schema", "validation", "files", "timing", "tuned"),
-        *("sinks",),
+        *("sinks", "splits", "cache_validation"),
         *("amdgpu.assembly", "amdgpu.chips"),
     )
 )
@@ -30,8 +30,11 @@ LEAF_PACKAGES = {
 ALLOWED = {
     **dict.fromkeys(LEAVES, LEAVES),
     "flash_rocm.backends": LEAVES,
-    "flash_rocm.ops": LEAVES | {"flash_rocm.backends"},
-    "flash_rocm.api": LEAVES | {"flash_rocm.backends", "flash_rocm.ops"},
+    "flash_rocm.decision": LEAVES | {"flash_rocm.backends"},
+    "flash_rocm.ops": LEAVES | {"flash_rocm.decision"},
+    "flash_rocm.cache_ops": LEAVES | {"flash_rocm.decision", "flash_rocm.ops"},
+    "flash_rocm.inference": LEAVES | {"flash_rocm.cache_ops"},
+    "flash_rocm.api": LEAVES | {"flash_rocm.ops", "flash_rocm.inference"},
 }
 
 

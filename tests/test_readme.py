@@ -30,7 +30,14 @@ NAMES = {
     "sinks": "attention sinks",
     "dropout": "dropout",
     "deterministic": "deterministic",
-    "paged": "paged K/V (forward)",
+    "kvcache": "K/V cache, split keys (forward, as all that follows)",
+    "paged": "pages of any size",
+    "append": "append",
+    "rotary": "rotary embedding",
+    "cache_batch_idx": "cache_batch_idx",
+    "leftpad": "left padding",
+    "qv": "qv (MLA)",
+    "attention_chunk": "attention_chunk",
 }
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 #: Back ends whose compiled part this version cannot build: nothing of theirs is supported.
@@ -50,7 +57,8 @@ def cells(capability: backends.Capability) -> list[str]:
     """Column of one back end."""
     if capability.name in NOT_BUILT:
         return ["not built"] * (3 + len(NAMES))
-    largest = f"1 to {capability.max_headdim}" if capability.max_headdim < 1 << 20 else "any"
+    largest = f"1 to {capability.max_headdim}, {capability.max_headdim_cached} over a K/V cache"
+    largest = largest if capability.max_headdim < 1 << 20 else "any"
     dtypes = ", ".join(name for dtype, name in DTYPES.items() if dtype in capability.dtypes)
     return [devices(capability), dtypes, largest, *("yes" if name in capability.features else "no" for name in NAMES)]
 
