@@ -1,5 +1,6 @@
 """flash_rocm: FlashAttention for AMD GPUs first, two kernel back ends behind one interface."""
 
+from flash_rocm import v3
 from flash_rocm.api import (
     explain,
     flash_attn_func,
@@ -25,5 +26,6 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "use_backend",
+    "v3",
     "virtual_gpu",
 ]

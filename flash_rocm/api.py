@@ -30,14 +30,11 @@ Raises:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from flash_rocm import backends, ops, runtime, validation, virtual_device
-from flash_rocm.problem import AttentionInputs, Layout, default_softmax_scale
-
-AttentionResult = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+from flash_rocm.attend import AttentionResult, attend, autocast, needs_grad
+from flash_rocm.problem import AttentionInputs, default_softmax_scale
 
 
 def flash_attn_func(
@@ -65,14 +62,14 @@ def flash_attn_func(
     """
     # Asked here already, because this is the call whose host time small inputs feel.
     if not q.is_cuda or torch.is_autocast_enabled("cuda"):
-        q, k, v = _autocast(q, k, v)
+        q, k, v = autocast(q, k, v)
     layout = validation.check_qkv(q, k, v, 4, 4)
     batch, seqlen_q, _, _ = layout.q_shape
     if alibi_slopes is not None:
         validation.check_alibi(alibi_slopes, q, batch)
     inputs = (q, k, v, None, None, alibi_slopes)
     lengths = (seqlen_q, layout.k_shape[1])
-    return _attend(
+    return attend(
         layout,
         inputs,
         None,
@@ -168,7 +165,7 @@ def flash_attn_varlen_func(
     The other arguments, the result and the errors are described in the module docstring.  Rows of
     q beyond cu_seqlens_q[-1] give out 0, softmax_lse -inf and gradient 0.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     layout = validation.check_qkv(q, k, v, 3, 3 if block_table is None else 4)
     validation.check_varlen(q, cu_seqlens_q, cu_seqlens_k, block_table)
     if alibi_slopes is not None:
@@ -178,7 +175,7 @@ def flash_attn_varlen_func(
         validation.check_max_seqlen("max_seqlen_k", max_seqlen_k),
     )
     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
-    return _attend(
+    return attend(
         layout,
         inputs,
         block_table,
@@ -289,12 +286,13 @@ def explain(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     block_table: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None,
     arch: runtime.Arch | None = None,
 ) -> backends.Explanation:
     """Which back end a call with these arguments takes, and for every other one each reason why not.
 
-    Takes the arguments of :func:`flash_attn_func` or :func:`flash_attn_varlen_func` (tensors may be
-    on the ``meta`` device).  Nothing runs.
+    Takes the arguments of :func:`flash_attn_func` or :func:`flash_attn_varlen_func` and the
+    learnable_sink of :mod:`flash_rocm.v3` (tensors may be on the ``meta`` device).  Nothing runs.
 
     Args:
         arch: judge for another device, such as ``runtime.amd_arch("gfx942", 304)``; default: q's.
@@ -302,7 +300,7 @@ def explain(
     Raises:
         ValueError: the arguments are wrong.  A call that no back end can run does not raise here.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     varlen_only = {
         "cu_seqlens_k": cu_seqlens_k,
         "max_seqlen_q": max_seqlen_q,
@@ -326,82 +324,15 @@ def explain(
         max_seqlen_k = validation.check_max_seqlen("max_seqlen_k", total_k if max_seqlen_k is None else max_seqlen_k)
     if alibi_slopes is not None:
         validation.check_alibi(alibi_slopes, q, batch)
+    if learnable_sink is not None:
+        validation.check_sink(learnable_sink, q)
     scale = default_softmax_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
     left, right = validation.check_scalars(dropout_p, scale, window_size, softcap)
     lengths = (max_seqlen_q, max_seqlen_k)
-    scalars = (*lengths, scale, left, 0 if causal else right, softcap, dropout_p, deterministic, _needs_grad(q, k, v))
-    problem = ops.problem_of(
-        AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, None, block_table), (*scalars, "")
-    )
+    trained = needs_grad(q, k, v, learnable_sink)
+    scalars = (*lengths, scale, left, 0 if causal else right, softcap, dropout_p, deterministic, trained, "")
+    inputs = AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, None, block_table, learnable_sink)
+    problem = ops.problem_of(inputs, scalars)
     return backends.explain_problem(
         problem, virtual_device.arch_of(q.device) if arch is None else arch, runtime.requested_backend()
     )
-
-
-def _autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Under autocast attention runs in the autocast dtype, like torch's own SDPA."""
-    device_type = "cuda" if q.is_cuda else q.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device_type)
-    # float64 and integers stay what they are, as in every operation under autocast.
-    q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    return q, k, v
-
-
-def _needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None) -> bool:
-    return torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
-    )
-
-
-def _draw_rng_state(device: torch.device) -> torch.Tensor:
-    """(2,) int64 Philox seed and offset, from torch's generator of the device.
-
-    Drawn as a tensor on the device: no wait, and a captured graph draws anew at each replay.
-    """
-    return torch.randint(0, 1 << 31, (2,), dtype=torch.int64, device=device)
-
-
-def _attend(
-    layout: Layout,
-    inputs: tuple[Any, ...],
-    block_table: torch.Tensor | None,
-    lengths: tuple[int, int],
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    deterministic: bool,
-    return_attn_probs: bool,
-    sinks: torch.Tensor | None = None,
-) -> AttentionResult:
-    """The part that dense and varlen share; ``inputs``: q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes."""
-    q, k, v = inputs[:3]
-    scale = default_softmax_scale(layout.q_shape[-1]) if softmax_scale is None else float(softmax_scale)
-    left, right = validation.check_scalars(dropout_p, scale, window_size, softcap)
-    traced = layout.strides is None and torch.compiler.is_compiling()
-    args = (
-        *inputs,
-        _draw_rng_state(q.device) if dropout_p > 0.0 else None,
-        block_table,
-        sinks,
-        *lengths,
-        scale,
-        left,
-        0 if causal else right,
-        float(softcap),
-        float(dropout_p),
-        bool(deterministic),
-        _needs_grad(q, k, v, sinks),
-        # Eager calls pin their choice for the backward; graphs leave the environment to run time.
-        runtime.override() if traced else virtual_device.request_on(q.device),
-    )
-    out, softmax_lse = ops.attention_forward(args, layout)
-    if not return_attn_probs:
-        return out
-    if dropout_p == 0.0:
-        return out, softmax_lse, q.new_empty((0,))
-    with torch.no_grad():
-        return out, softmax_lse, ops.attention_probs(softmax_lse, *args)

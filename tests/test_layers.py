@@ -31,7 +31,9 @@ ALLOWED = {
     **dict.fromkeys(LEAVES, LEAVES),
     "flash_rocm.backends": LEAVES,
     "flash_rocm.ops": LEAVES | {"flash_rocm.backends"},
-    "flash_rocm.api": LEAVES | {"flash_rocm.backends", "flash_rocm.ops"},
+    "flash_rocm.attend": LEAVES | {"flash_rocm.ops"},
+    "flash_rocm.api": LEAVES | {"flash_rocm.attend", "flash_rocm.backends", "flash_rocm.ops"},
+    "flash_rocm.v3": LEAVES | {"flash_rocm.attend"},
 }
 
 
