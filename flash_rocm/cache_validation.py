@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 
 from flash_rocm.problem import MAX_SEQLEN, CacheInputs
-from flash_rocm.splits import MAX_SPLITS
-from flash_rocm.validation import FLOAT_DTYPES, check_alibi, invalid
+from flash_rocm.validation import FLOAT_DTYPES, check_alibi, check_sink, invalid
 
 #: From a field of the inputs to how the caller's function calls it.
 _Name = Callable[[str], str]
@@ -43,15 +42,8 @@ def check_inputs(inputs: CacheInputs, names: dict[str, str]) -> None:
         _check_int32(name(field), getattr(inputs, field), (batch + 1,), q)
     if inputs.alibi_slopes is not None:
         check_alibi(inputs.alibi_slopes, q, batch)
-    if inputs.sinks is not None and (inputs.sinks.shape != (q.shape[-2],) or inputs.sinks.device != q.device):
-        raise invalid("learnable_sink", f"shape ({q.shape[-2]},) on {q.device}", tuple(inputs.sinks.shape))
-
-
-def check_num_splits(num_splits: int) -> int:
-    """A number of splits, 0 for the back end's choice."""
-    if not isinstance(num_splits, int) or isinstance(num_splits, bool) or not 0 <= num_splits <= MAX_SPLITS:
-        raise invalid("num_splits", f"an int in [0, {MAX_SPLITS}]", num_splits, "0 lets the back end choose.")
-    return num_splits
+    if inputs.sinks is not None:
+        check_sink(inputs.sinks, q)
 
 
 def check_attention_chunk(attention_chunk: int) -> int:

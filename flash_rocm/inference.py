@@ -80,7 +80,7 @@ def flash_attn_with_kvcache(
     """
     batch = q.shape[0]
     if isinstance(cache_seqlens, int):
-        cache_seqlens = _whole_batch(cache_seqlens, batch, q.device)
+        cache_seqlens = whole_batch(cache_seqlens, batch, q.device)
     inputs = CacheInputs(
         q=q,
         k=k_cache,
@@ -111,7 +111,7 @@ def flash_attn_with_kvcache(
     return (out, softmax_lse) if return_softmax_lse else out
 
 
-def _whole_batch(cache_seqlens: int, batch: int, device: torch.device) -> torch.Tensor:
+def whole_batch(cache_seqlens: int, batch: int, device: torch.device) -> torch.Tensor:
     """One length for every sequence, as the tensor that kernels read: a new number makes no new decision."""
     if isinstance(cache_seqlens, bool) or cache_seqlens < 0:
         raise validation.invalid("cache_seqlens", "an int >= 0 or an int32 tensor (batch,)", cache_seqlens)
@@ -144,8 +144,10 @@ def attend_cached(
     scale = default_softmax_scale(q.shape[-1] + (inputs.v.shape[-1] if inputs.qv is not None else 0))
     scale = scale if softmax_scale is None else float(softmax_scale)
     left, right = validation.check_scalars(0.0, scale, window_size, softcap)
-    num_splits = cache_validation.check_num_splits(num_splits)
+    num_splits = validation.check_num_splits(num_splits)
     attention_chunk = cache_validation.check_attention_chunk(attention_chunk)
+    if inputs.sinks is not None:
+        inputs = inputs._replace(sinks=inputs.sinks.to(torch.float32).contiguous())
     new = inputs.k_new
     if new is None:
         max_seqlen_new = 0
@@ -160,8 +162,8 @@ def attend_cached(
         *(max_seqlen_q, max_seqlen_k, max_seqlen_new, scale, left, 0 if causal else right, float(softcap)),
         *(attention_chunk, bool(rotary_interleaved), num_splits, request),
     )
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:6]):
-        return _WithoutBackward.apply(inputs, scalars, *(x for x in inputs[:6] if x is not None))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs[:6], inputs.sinks)):
+        return _WithoutBackward.apply(inputs, scalars, *(x for x in (*inputs[:6], inputs.sinks) if x is not None))
     return cache_ops.attention_cached(inputs, scalars)
 
 
@@ -258,7 +260,7 @@ def flash_attn_combine(
             raise validation.invalid(name, f"float32 with {dims[0]} or {dims[1]} dims", f"{x.dtype} {tuple(x.shape)}")
     if lse_partial.shape != out_partial.shape[:-1] or lse_partial.device != out_partial.device:
         raise validation.invalid("lse_partial", f"shape {tuple(out_partial.shape[:-1])}", tuple(lse_partial.shape))
-    cache_validation.check_num_splits(out_partial.shape[0])
+    validation.check_num_splits(out_partial.shape[0])
     if out is not None:
         if out.shape != out_partial.shape[1:] or not out.is_contiguous() or out.device != out_partial.device:
             raise validation.invalid("out", f"contiguous, shape {tuple(out_partial.shape[1:])}", tuple(out.shape))

@@ -33,8 +33,11 @@ ALLOWED = {
     "flash_rocm.decision": LEAVES | {"flash_rocm.backends"},
     "flash_rocm.ops": LEAVES | {"flash_rocm.decision"},
     "flash_rocm.cache_ops": LEAVES | {"flash_rocm.decision", "flash_rocm.ops"},
+    "flash_rocm.attend": LEAVES | {"flash_rocm.ops"},
     "flash_rocm.inference": LEAVES | {"flash_rocm.cache_ops"},
-    "flash_rocm.api": LEAVES | {"flash_rocm.ops", "flash_rocm.inference"},
+    "flash_rocm.api": LEAVES | {"flash_rocm.attend", "flash_rocm.inference"},
+    "flash_rocm.v3.attention": LEAVES | {"flash_rocm.attend", "flash_rocm.inference"},
+    "flash_rocm.v3.kvcache": LEAVES | {"flash_rocm.cache_ops", "flash_rocm.inference"},
 }
 
 

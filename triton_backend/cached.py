@@ -69,7 +69,14 @@ def _is_same(x: torch.Tensor, y: torch.Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 
 
-def splits_of(problem: AttentionProblem, config: KernelConfig, blocks: int, arch: Arch) -> int:
+def splits_of(problem: AttentionProblem, device: torch.device) -> int:
+    """Into how many parts keys are divided; see :class:`flash_rocm.backends.Backend`."""
+    arch = virtual_device.arch_of(device)
+    current = cache_plan(problem, arch, runtime.config_source())
+    return _splits(problem, current.config, current.blocks, arch)
+
+
+def _splits(problem: AttentionProblem, config: KernelConfig, blocks: int, arch: Arch) -> int:
     """The caller's number of splits, or the one that occupies the chip."""
     if problem.num_splits:
         return problem.num_splits
@@ -90,7 +97,7 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
     q_1, k_1, q_2, k_2 = _second_part(problem, inputs)
     v_is_k2 = k_2 is v or (q_2 is not q and _is_same(k_2, v))
     current = cache_plan(problem, arch, configs, v_is_k2)
-    num_splits = splits_of(problem, current.config, current.blocks, arch)
+    num_splits = _splits(problem, current.config, current.blocks, arch)
     may_skip_rows = problem.varlen or inputs.seqused_q is not None
     out = _result(q, (*q.shape[:-1], problem.headdim_v), 0.0, may_skip_rows, q.dtype)
     lse = _result(q, lse_shape(q), float("-inf"), may_skip_rows, torch.float32)
