@@ -140,10 +140,13 @@ REFUSED: dict[str, Any] = {
     "q_descale": torch.ones(B, HK),
     "k_descale": torch.ones(B, HK),
     "v_descale": torch.ones(B, HK),
-    "qv": torch.ones(B, S, H, D),
-    "attention_chunk": 4,
-    "seqused_q": torch.ones(B, dtype=torch.int32),
-    "seqused_k": torch.ones(B, dtype=torch.int32),
+}
+#: Of inference: these act, and their calls have no backward.
+INFERENCE: dict[str, Any] = {
+    "qv": lambda rows: torch.ones(*rows, H, D),
+    "attention_chunk": lambda rows: 4,
+    "seqused_q": lambda rows: torch.tensor([3, 0], dtype=torch.int32),
+    "seqused_k": lambda rows: torch.tensor([5, 2], dtype=torch.int32),
 }
 
 
@@ -153,8 +156,22 @@ REFUSED: dict[str, Any] = {
 def test_what_is_not_implemented_says_so(name: str, argument: str) -> None:
     with pytest.raises(NotImplementedError) as error:
         run(name, **{argument: REFUSED[argument]})
-    text = str(error.value)
-    assert text.startswith(f"{argument}: expected ") and ("FP8" in text) == argument.endswith("descale")
+    assert str(error.value).startswith(f"{argument}: expected ") and "FP8" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, argument) for name in NAMES for argument in INFERENCE if argument in SIGNATURES[name]]
+)
+def test_arguments_of_inference(name: str, argument: str) -> None:
+    value = INFERENCE[argument]((TOTAL,) if "varlen" in name else (B, S))
+    expected, lse = run(name, return_attn_probs=True)
+    out, changed_lse = run(name, return_attn_probs=True, **{argument: value})
+    assert out.shape == expected.shape and lse.shape == changed_lse.shape and not torch.equal(out, expected)
+    given = arguments(name, **{argument: value})
+    leaf = given["qkv" if "qkv" in given else "q"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="over a K/V cache has no backward"):
+        getattr(v3, name)(**given).sum().backward()
+    assert leaf.grad is None
 
 
 def test_packed_heads_of_different_counts(device: str) -> None:
