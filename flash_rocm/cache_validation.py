@@ -37,9 +37,9 @@ def check_inputs(inputs: CacheInputs, names: dict[str, str]) -> None:
     _check_new(inputs, batch, name)
     _check_rotary(inputs, name)
     for field in ("seqused_q", "seqused_k", "rotary_seqlens", "cache_batch_idx", "leftpad_k"):
-        _check_int32(name(field), getattr(inputs, field), (batch,), q)
+        check_int32(name(field), getattr(inputs, field), (batch,), q)
     for field in ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new"):
-        _check_int32(name(field), getattr(inputs, field), (batch + 1,), q)
+        check_int32(name(field), getattr(inputs, field), (batch + 1,), q)
     if inputs.alibi_slopes is not None:
         check_alibi(inputs.alibi_slopes, q, batch)
     if inputs.sinks is not None:
@@ -86,7 +86,8 @@ def _check_cache(inputs: CacheInputs, name: _Name) -> None:
         raise invalid(name("k"), f"a capacity of at most {MAX_SEQLEN}", inputs.capacity)
 
 
-def _check_int32(name: str, x: torch.Tensor | None, shape: tuple[int, ...], q: torch.Tensor) -> None:
+def check_int32(name: str, x: torch.Tensor | None, shape: tuple[int, ...], q: torch.Tensor) -> None:
+    """An optional int32 tensor of one shape on q's device; the contents are not read back."""
     if x is None:
         return
     if not isinstance(x, torch.Tensor) or x.dtype != torch.int32:

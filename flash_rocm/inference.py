@@ -256,8 +256,13 @@ def flash_attn_combine(
         ValueError: an argument is wrong.
     """
     for name, x, dims in (("out_partial", out_partial, (4, 5)), ("lse_partial", lse_partial, (3, 4))):
+        expected = f"float32 with {dims[0]} or {dims[1]} dims"
+        if not isinstance(x, torch.Tensor):
+            raise validation.invalid(name, expected, type(x).__name__)
         if x.dim() not in dims or x.dtype not in (torch.float32, torch.float64):
-            raise validation.invalid(name, f"float32 with {dims[0]} or {dims[1]} dims", f"{x.dtype} {tuple(x.shape)}")
+            raise validation.invalid(name, expected, f"{x.dtype} {tuple(x.shape)}")
+    if lse_partial.dtype != out_partial.dtype:
+        raise validation.invalid("lse_partial", f"the dtype of out_partial, {out_partial.dtype}", lse_partial.dtype)
     if lse_partial.shape != out_partial.shape[:-1] or lse_partial.device != out_partial.device:
         raise validation.invalid("lse_partial", f"shape {tuple(out_partial.shape[:-1])}", tuple(lse_partial.shape))
     validation.check_num_splits(out_partial.shape[0])

@@ -200,6 +200,20 @@ def check_max_seqlen(name: str, max_seqlen: int) -> int:
     return max_seqlen
 
 
+def check_count(name: str, value: int) -> int:
+    """An int of at least 1."""
+    value = _whole_number(name, value)
+    if value < 1:
+        raise invalid(name, "an int >= 1", value)
+    return value
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Before anything is asked of a tensor."""
+    if not isinstance(x, torch.Tensor):
+        raise invalid(name, "a tensor", type(x).__name__)
+
+
 def _whole_number(name: str, value: object) -> int:
     """An int (or what is one, such as a numpy integer; symbolic under torch.compile)."""
     if isinstance(value, torch.Tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flash_rocm import cache_ops, validation
+from flash_rocm import cache_ops, cache_validation, validation
 from flash_rocm.inference import attend_cached, whole_batch
 from flash_rocm.problem import AttentionProblem, CacheInputs, default_softmax_scale
 from flash_rocm.v3.attention import AttentionResult, refuse_fp8
@@ -69,12 +69,15 @@ def flash_attn_with_kvcache(
     """
     refuse_fp8(q_descale, k_descale, v_descale)
     validation.check_hints(num_splits, pack_gqa, sm_margin)
-    if scheduler_metadata is not None and scheduler_metadata.dtype != torch.int32:
-        raise validation.invalid("scheduler_metadata", "int32, from get_scheduler_metadata", scheduler_metadata.dtype)
+    validation.check_tensor("q", q)
+    if cu_seqlens_q is not None:
+        validation.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+    cache_validation.check_int32("scheduler_metadata", scheduler_metadata, (1,), q)
     if cu_seqlens_q is None:
         longest = q.shape[1] if q.dim() == 4 else 0
         if max_seqlen_q is not None and max_seqlen_q != longest:
-            raise validation.invalid("max_seqlen_q", "None without cu_seqlens_q", max_seqlen_q)
+            expected = f"None or {longest}, that of q, without cu_seqlens_q"
+            raise validation.invalid("max_seqlen_q", expected, max_seqlen_q)
     elif max_seqlen_q is None:
         raise validation.invalid("max_seqlen_q", "an int, as cu_seqlens_q is given", None, "the longest query.")
     else:
@@ -160,21 +163,31 @@ def get_scheduler_metadata(
     """
     validation.check_hints(num_splits, pack_gqa, sm_margin)
     left, right = validation.check_scalars(0.0, 1.0, window_size, 0.0)
-    for name, value in (("batch_size", batch_size), ("num_heads_kv", num_heads_kv), ("headdim", headdim)):
-        if value < 1:
-            raise validation.invalid(name, "an int >= 1", value)
+    headdim_v = headdim if headdim_v is None else headdim_v
+    counts = {"batch_size": batch_size, "num_heads_q": num_heads_q, "num_heads_kv": num_heads_kv, "headdim": headdim}
+    for name, value in (counts | {"headdim_v": headdim_v, "page_size": 1 if page_size is None else page_size}).items():
+        validation.check_count(name, value)
     if num_heads_q % num_heads_kv:
         raise validation.invalid("num_heads_kv", f"a count that divides num_heads_q, {num_heads_q}", num_heads_kv)
+    max_seqlen_k = validation.check_max_seqlen("max_seqlen_k", max_seqlen_k)
+    if validation.check_max_seqlen("max_seqlen_k_new", max_seqlen_k_new) > max_seqlen_k:
+        raise validation.invalid("max_seqlen_k_new", f"at most max_seqlen_k, {max_seqlen_k}", max_seqlen_k_new)
+    _check_metadata_tensors(batch_size, cache_seqlens, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad)
+    for name, value in (("causal", causal), ("has_softcap", has_softcap)):
+        if not isinstance(value, bool):
+            raise validation.invalid(name, "True or False", value)
+    if qkv_dtype not in validation.FLOAT_DTYPES:
+        raise validation.invalid("qkv_dtype", "float16, bfloat16, float32 or float64", qkv_dtype)
     problem = AttentionProblem(
         dtype=qkv_dtype,
         device_type=cache_seqlens.device.type,
         batch=batch_size,
         seqlen_q=validation.check_max_seqlen("max_seqlen_q", max_seqlen_q),
-        seqlen_k=validation.check_max_seqlen("max_seqlen_k", max_seqlen_k),
+        seqlen_k=max_seqlen_k,
         nheads=num_heads_q,
         nheads_k=num_heads_kv,
         headdim=headdim,
-        headdim_v=headdim if headdim_v is None else headdim_v,
+        headdim_v=headdim_v,
         softmax_scale=default_softmax_scale(headdim),
         window_left=left,
         window_right=0 if causal else right,
@@ -184,8 +197,25 @@ def get_scheduler_metadata(
         page_size=page_size or 0,
         seqlen_new=max_seqlen_k_new,
         leftpad=cache_leftpad is not None,
-        attention_chunk=attention_chunk,
+        attention_chunk=cache_validation.check_attention_chunk(attention_chunk),
         num_splits=num_splits,
     )
     splits = cache_ops.splits_of(problem, cache_seqlens.device)
     return torch.full((1,), splits, dtype=torch.int32, device=cache_seqlens.device)
+
+
+def _check_metadata_tensors(
+    batch_size: int,
+    cache_seqlens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k_new: torch.Tensor | None,
+    cache_leftpad: torch.Tensor | None,
+) -> None:
+    """Shapes, dtypes and devices: what a call would be given."""
+    for name, tensor, rows in (
+        ("cache_seqlens", cache_seqlens, batch_size),
+        ("cu_seqlens_q", cu_seqlens_q, batch_size + 1),
+        ("cu_seqlens_k_new", cu_seqlens_k_new, batch_size + 1),
+        ("cache_leftpad", cache_leftpad, batch_size),
+    ):
+        cache_validation.check_int32(name, tensor, (rows,), cache_seqlens)
