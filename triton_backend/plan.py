@@ -162,6 +162,25 @@ DECODE_ROWS = 16
 MAX_TILE_D = 512
 
 
+#: Bytes of shared memory of an NVIDIA multiprocessor; others have at least the last.
+_SHARED_BYTES = {"sm80": 164 << 10, "sm90": 228 << 10, "": 100 << 10}
+_MAX_WORKGROUPS_PER_CU = 8
+
+
+def workgroups_per_cu(current: Plan, itemsize: int, arch: Arch) -> int:
+    """Of the attention kernel over a K/V cache, by the memory that its tiles of keys and values take."""
+    config, constants = current.config, current.constants
+    dims = constants["BLOCK_D"] + constants["BLOCK_DV"]
+    if constants["HEADDIM_2"] and not constants["V_IS_K2"]:
+        dims += constants["BLOCK_D2"]
+    tiles = config.BLOCK_N * dims * itemsize * config.num_stages
+    if arch.name in CHIPS:
+        pool = CHIPS[arch.name].lds_pool
+    else:
+        pool = _SHARED_BYTES.get(arch.name, _SHARED_BYTES[""])
+    return min(max(pool // tiles, 1), _MAX_WORKGROUPS_PER_CU)
+
+
 def cache_kernel(problem: AttentionProblem) -> str:
     """Name of the config of the attention kernel over a K/V cache."""
     return "decode" if problem.seqlen_q * problem.group_size <= DECODE_ROWS else "prefill"
