@@ -70,7 +70,7 @@ def _is_same(x: torch.Tensor, y: torch.Tensor) -> bool:
 def splits_of(problem: AttentionProblem, device: torch.device) -> int:
     """Into how many parts keys are divided; see :class:`flash_rocm.backends.Backend`."""
     arch = virtual_device.arch_of(device)
-    current = cache_plan(problem, arch, runtime.config_source())
+    current = cache_plan(problem, arch, runtime.config_source(), problem.qv)
     return _splits(problem, current, arch)
 
 

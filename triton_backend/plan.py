@@ -46,7 +46,7 @@ def facts_of(problem: AttentionProblem) -> Facts:
         causal=problem.causal,
         masked=is_masked(problem),
         varlen=problem.varlen,
-        paged=problem.page_size > 0,
+        page_size=problem.page_size,
     )
 
 
@@ -68,7 +68,7 @@ def tune_key(kernel: str, problem: AttentionProblem, arch: Arch) -> TuneKey:
 def kernels_of(problem: AttentionProblem) -> tuple[str, ...]:
     """Names of the kernels a call launches, the backward ones if gradients are needed."""
     if problem.cached:
-        return (cache_kernel(problem),)
+        return (cache_kernel(problem, problem.qv),)
     return ("forward", "backward_dq", "backward_dkdv") if problem.needs_grad else ("forward",)
 
 
@@ -181,8 +181,10 @@ def workgroups_per_cu(current: Plan, itemsize: int, arch: Arch) -> int:
     return min(max(pool // tiles, 1), _MAX_WORKGROUPS_PER_CU)
 
 
-def cache_kernel(problem: AttentionProblem) -> str:
+def cache_kernel(problem: AttentionProblem, v_is_k2: bool) -> str:
     """Name of the config of the attention kernel over a K/V cache."""
+    if v_is_k2:
+        return "mla"
     return "decode" if problem.seqlen_q * problem.group_size <= DECODE_ROWS else "prefill"
 
 
@@ -195,7 +197,7 @@ def cache_plan(
     Args:
         v_is_k2: the second part of the keys' head dim is the values: they are read once for both.
     """
-    base = plan(cache_kernel(problem), dataclasses.replace(problem, needs_grad=False), arch, source)
+    base = plan(cache_kernel(problem, v_is_k2), dataclasses.replace(problem, needs_grad=False), arch, source)
     headdim, headdim_2 = problem.headdim, problem.headdim_v if problem.qv else 0
     if headdim > MAX_TILE_D:
         headdim, headdim_2 = headdim - MAX_TILE_D, MAX_TILE_D
