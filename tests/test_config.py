@@ -145,7 +145,8 @@ def test_schema_json_documents_what_is_checked() -> None:
         ({"causal": True}, {"causal": True, "masked": True}, {"masked": True}),
         ({"masked": False}, {"varlen": True}, {"masked": True}),
         ({"varlen": True}, {"varlen": True}, {"varlen": False}),
-        ({"paged": True}, {"paged": True}, {"paged": False}),
+        ({"page_size": [1, 16]}, {"page_size": 16}, {"page_size": 0}),
+        ({"page_size": [0, 0]}, {"page_size": 0}, {"page_size": 1}),
     ],
 )
 def test_match_rules(
