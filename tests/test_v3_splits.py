@@ -130,17 +130,19 @@ def test_wrong_metadata_arguments(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.virtual
-@pytest.mark.parametrize("kind", ("decode", "paged", "window", "mla", "given"))
+@pytest.mark.parametrize("kind", ("decode", "paged", "window", "mla", "mla in one tensor", "given"))
 def test_metadata_is_what_a_call_takes(kind: str) -> None:
     """The workgroups of the attention kernel are as many as the result says, and combined only if there are parts."""
     pytest.importorskip("triton", reason="compiles Triton kernels")
     pytest.importorskip("elftools", reason="needs flash_rocm[virtual]")
     batch, heads, heads_k, dim, dim_v, keys = 1, 4, 2, 32, 32, 320
     options: dict[str, Any] = {}
-    page_size = 16 if kind in ("paged", "mla") else None
+    page_size = 16 if kind == "paged" or kind.startswith("mla") else None
     if kind == "mla":
         heads, heads_k, dim, dim_v = 4, 1, 16, 64
         options["qv"] = random("cpu", batch, 1, heads, dim_v)
+    elif kind == "mla in one tensor":
+        heads, heads_k, dim, dim_v = 2, 1, 576, 512
     shape = (keys // 16, 16) if page_size else (batch, keys)
     if page_size:
         options["page_table"] = torch.arange(keys // 16, dtype=torch.int32)[None]
@@ -161,10 +163,11 @@ def test_metadata_is_what_a_call_takes(kind: str) -> None:
             page_size=page_size,
             **{name: value for name, value in options.items() if name in ("window_size", "num_splits")},
         )
+        k_cache = random("cpu", *shape, heads_k, max(dim, dim_v))
         v3.flash_attn_with_kvcache(
             random("cpu", batch, 1, heads, dim),
-            random("cpu", *shape, heads_k, dim),
-            random("cpu", *shape, heads_k, dim_v),
+            k_cache[..., :dim],
+            k_cache[..., :dim_v],
             cache_seqlens=lengths,
             scheduler_metadata=found,
             **options,

@@ -70,7 +70,9 @@ def _is_same(x: torch.Tensor, y: torch.Tensor) -> bool:
 def splits_of(problem: AttentionProblem, device: torch.device) -> int:
     """Into how many parts keys are divided; see :class:`flash_rocm.backends.Backend`."""
     arch = virtual_device.arch_of(device)
-    current = cache_plan(problem, arch, runtime.config_source(), problem.qv)
+    # A head that is larger than a tile is absorbed MLA in one tensor, of which v is a part.
+    v_is_k2 = problem.qv or (problem.headdim > MAX_TILE_D and problem.headdim_v == MAX_TILE_D)
+    current = cache_plan(problem, arch, runtime.config_source(), v_is_k2)
     return _splits(problem, current, arch)
 
 

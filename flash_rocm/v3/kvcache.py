@@ -149,7 +149,7 @@ def get_scheduler_metadata(
 
     Args:
         batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, headdim_v: of the call;
-            max_seqlen_k is what its cache holds.
+            max_seqlen_k is what its cache holds; a headdim_v above headdim is taken for a call with qv (absorbed MLA).
         cache_seqlens: (batch,) int32, whose device counts; its values are not read.
         qkv_dtype, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size,
             attention_chunk, has_softcap, num_splits: as the call has them.
@@ -197,6 +197,7 @@ def get_scheduler_metadata(
         page_size=page_size or 0,
         seqlen_new=max_seqlen_k_new,
         leftpad=cache_leftpad is not None,
+        qv=headdim_v > headdim,
         attention_chunk=cache_validation.check_attention_chunk(attention_chunk),
         num_splits=num_splits,
     )
