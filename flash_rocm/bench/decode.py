@@ -172,6 +172,7 @@ def run(rounds: int, dtype: torch.dtype, device: torch.device, quick: bool) -> I
     for batch, seqlen_k in QUICK_POINTS if quick else POINTS:
         point = _Point(batch, seqlen_k, dtype, device)
         graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        alive: list[Any] = []  # graphs do not keep tables and workspaces of their calls
         for name, make in _contenders(point).items():
             try:
                 calls, expected = make()
@@ -179,6 +180,7 @@ def run(rounds: int, dtype: torch.dtype, device: torch.device, quick: bool) -> I
                     yield Decode(batch, seqlen_k, name, "wrong", "not the float64 result")
                     continue
                 graphs[name] = _graph(calls)  # type: ignore[arg-type]
+                alive.append(calls)
             except Exception as error:  # noqa: BLE001 - other libraries raise anything; the report shows it
                 yield Decode(batch, seqlen_k, name, "error", describe_error(error))
         times: dict[str, list[float]] = {name: [] for name in graphs}
@@ -190,7 +192,7 @@ def run(rounds: int, dtype: torch.dtype, device: torch.device, quick: bool) -> I
                     times[name].append(seconds)
         for name, seconds_of in times.items():
             yield Decode(batch, seqlen_k, name, "ok", "", tuple(seconds_of), point.read_bytes)
-        del point, graphs
+        del point, graphs, alive
         torch.cuda.empty_cache()
 
 
