@@ -174,10 +174,7 @@ def workgroups_per_cu(current: Plan, itemsize: int, arch: Arch) -> int:
     if constants["HEADDIM_2"] and not constants["V_IS_K2"]:
         dims += constants["BLOCK_D2"]
     tiles = config.BLOCK_N * dims * itemsize * config.num_stages
-    if arch.name in CHIPS:
-        pool = CHIPS[arch.name].lds_pool
-    else:
-        pool = _SHARED_BYTES.get(arch.name, _SHARED_BYTES[""])
+    pool = CHIPS[arch.name].lds_pool if arch.name in CHIPS else _SHARED_BYTES.get(arch.name, _SHARED_BYTES[""])
     return min(max(pool // tiles, 1), _MAX_WORKGROUPS_PER_CU)
 
 
