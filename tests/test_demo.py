@@ -45,10 +45,15 @@ def hidden(model: Any, implementation: str, **batch: torch.Tensor) -> torch.Tens
     return model(**batch).last_hidden_state
 
 
-def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor, unit: float = 1.0) -> None:
     """float64 on both sides: what differs is the order of some thousand additions."""
     assert ours.shape == theirs.shape and torch.isfinite(ours).all()
-    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10 * unit, atol=1e-12 * unit)
+
+
+#: For models whose norms compute in float32 whatever they are given: where ours and theirs fall to two sides of a
+#: rounding, they differ by it.
+IN_FLOAT32 = 1e5
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -169,24 +174,114 @@ def test_grouped_queries() -> None:
     assert_same(hidden(model, NAME, **batch)[real], hidden(model, "sdpa", **batch)[real])
 
 
+SMALL: dict[str, Any] = dict(
+    vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8,
+)  # fmt: skip
+
+
+def mistral() -> Any:
+    """Sliding windows in all layers."""
+    torch.manual_seed(0)
+    return transformers.MistralModel(transformers.MistralConfig(**SMALL, sliding_window=4)).double().eval()
+
+
+def gpt_oss() -> Any:
+    """Sinks, and a sliding window in every other layer."""
+    if not hasattr(transformers, "GptOssConfig"):
+        pytest.skip("this version of transformers has no gpt-oss")
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(**SMALL, sliding_window=4, num_local_experts=2, num_experts_per_tok=1)
+    config._experts_implementation = "eager"  # the fast ones take no float64
+    model = transformers.GptOssModel(config).double().eval()
+    for layer in model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+        assert layer.self_attn.sinks.abs().min() > 0
+    return model
+
+
+#: Models, and what they are compared with: eager gives Mistral's padded batches NaN, and gpt-oss has no SDPA.
+MODELS = pytest.mark.parametrize(("make", "other"), [(mistral, "sdpa"), (gpt_oss, "eager")], ids=["mistral", "gpt-oss"])
+
+
+@pytest.mark.parametrize("lengths", [(9, 9), (9, 4, 1, 6)], ids=("full", "padded"))
+@pytest.mark.parametrize("left", [False, True])
+@MODELS
+def test_sliding_windows_and_sinks(make: Any, other: str, left: bool, lengths: tuple[int, ...]) -> None:
+    model, batch = make(), padded_batch(lengths, left=left)
+    real = batch["attention_mask"].bool()
+    found = hidden(model, NAME, **batch)[real]
+    assert_same(found, hidden(model, other, **batch)[real], IN_FLOAT32)
+    model.config.sliding_window = 100  # and the window has a say
+    assert not torch.allclose(hidden(model, other, **batch)[real], found, rtol=1e-2)
+
+
+@MODELS
+def test_decoding_with_a_cache_of_a_window(make: Any, other: str) -> None:
+    """The cache of a sliding layer forgets what no token sees any more."""
+    model, batch = make(), padded_batch((12, 7, 3), left=True)
+    results = []
+    for implementation in (NAME, other):
+        model.set_attn_implementation(implementation)
+        cache, found = None, []
+        for start, end in ((0, 2), (2, 8), (8, 9), (9, 10), (10, 12)):
+            result = model(
+                input_ids=batch["input_ids"][:, start:end],
+                attention_mask=batch["attention_mask"][:, :end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = result.past_key_values
+            found.append(result.last_hidden_state)
+        results.append(torch.cat(found, 1)[batch["attention_mask"].bool()])
+    assert_same(*results, IN_FLOAT32)
+
+
+def test_gradients_of_sinks() -> None:
+    batch = padded_batch(left=True)
+    real = batch["attention_mask"].bool()
+    found = []
+    for implementation in (NAME, "eager"):
+        model = gpt_oss()
+        hidden(model, implementation, **batch)[real].square().sum().backward()
+        found.append([layer.self_attn.sinks.grad for layer in model.layers])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.abs().min() > 0
+        assert_same(ours, theirs, IN_FLOAT32)
+
+
 def test_what_is_not_implemented_is_refused() -> None:
     module, x = torch.nn.Module(), torch.randn(1, 2, 4, 8)
-    for name, value in (("sliding_window", 2), ("s_aux", x), ("position_bias", x), ("output_attentions", True)):
+    for name, value in (("position_bias", x), ("output_attentions", True)):
         with pytest.raises(NotImplementedError, match=f"{name}: not supported"):
             integration.attention(module, x, x, x, None, **{name: value})
     with pytest.raises(NotImplementedError, match="attention_mask: expected"):
         integration.attention(module, x, x, x, torch.ones(1, 1, 4, 4, dtype=torch.bool))  # type: ignore[arg-type]
-    config = transformers.MistralConfig(
-        vocab_size=WORDS,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=3,
-    )
-    with pytest.raises(NotImplementedError, match="mask_function: expected full or causal attention"):
-        hidden(transformers.MistralModel(config).eval(), NAME, **padded_batch())
+    with pytest.raises(NotImplementedError, match="dropout: expected 0 with attention sinks"):
+        integration.attention(module, x, x, x, None, dropout=0.1, s_aux=torch.zeros(2))
+    with pytest.raises(NotImplementedError, match="sliding_window: expected None in attention to both sides"):
+        integration.attention(module, x, x, x, None, sliding_window=2, is_causal=False)
+    for window in (None, 3):  # a layer that does not know of the window in its mask
+        with pytest.raises(NotImplementedError, match="sliding_window: expected 2, that of the mask"):
+            integration.attention(module, x, x, x, integration.Window(2), sliding_window=window)
+    from transformers import masking_utils
+
+    ones = torch.ones(1, 6, dtype=torch.bool)
+    window = masking_utils.sliding_window_causal_mask_function(4)
+    assert integration.packing_of(1, 6, 6, mask_function=window, attention_mask=ones) == integration.Window(4)
+    for mask_function in (
+        masking_utils.chunked_causal_mask_function(4, torch.zeros(1)),
+        masking_utils.sliding_window_bidirectional_mask_function(4),
+        masking_utils.and_masks(masking_utils.causal_mask_function),
+        masking_utils.and_masks(window, masking_utils.causal_mask_function),
+        masking_utils.or_masks(masking_utils.sliding_window_overlay(4), masking_utils.causal_mask_function),
+        lambda batch, head, q, k: k <= q,
+    ):
+        with pytest.raises(NotImplementedError, match="mask_function: expected full or causal attention"):
+            integration.packing_of(1, 6, 6, mask_function=mask_function, attention_mask=ones)
+    ones[0, 2] = False
+    with pytest.raises(NotImplementedError, match="attention_mask: expected the tokens of each sequence side by side"):
+        integration.packing_of(1, 6, 6, mask_function=window, attention_mask=ones)
 
 
 # --------------------------------------------------------------------------------------------------
