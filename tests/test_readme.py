@@ -1,4 +1,4 @@
-"""README stays true: its support table is the capability data, its example runs.
+"""README stays true: its support table is the capability data, its example runs, and those of docs/inference.md.
 
 ``python tests/test_readme.py`` writes the table anew.
 """
@@ -113,6 +113,30 @@ def test_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     out, same = names["out"], names["same"]
     assert isinstance(out, torch.Tensor) and isinstance(same, torch.Tensor)
     assert out.shape == same.shape and torch.isfinite(out).all()
+
+
+def test_examples_of_inference_run() -> None:
+    """One behind the other, as a reader would type them; the two calls of the last agree."""
+    text = (README.parent / "docs" / "inference.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 2
+    names: dict[str, object] = {}
+    exec(compile(examples[0], "inference.md", "exec"), names)
+    lengths, cache, out = names["lengths"], names["cache"], names["out"]
+    assert isinstance(lengths, torch.Tensor) and isinstance(cache, torch.Tensor) and isinstance(out, torch.Tensor)
+    assert lengths.tolist() == [38, 6] and out.isfinite().all()
+    written = cache.flatten(-2).any(-1).nonzero().tolist()  # (k or v, sequence, position)
+    assert written == [[0, 0, 37], [0, 1, 5], [1, 0, 37], [1, 1, 5]]
+    exec(compile(examples[1], "inference.md", "exec"), names)
+    out, same = names["out"], names["same"]
+    assert isinstance(out, torch.Tensor) and isinstance(same, torch.Tensor)
+    assert torch.equal(out, same) and out.any()
+
+
+@pytest.mark.parametrize("path", [README, *sorted((README.parent / "docs").glob("*.md"))], ids=lambda path: path.name)
+def test_links_lead_somewhere(path: pathlib.Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
+        assert "://" in link or (path.parent / link).exists(), link
 
 
 if __name__ == "__main__":
