@@ -155,9 +155,10 @@ def append_kv(inputs: CacheInputs, max_seqlen_new: int, rotary_interleaved: bool
     args = (*(getattr(inputs, name) for name in _APPEND), max_seqlen_new, rotary_interleaved, backend)
     if _runs_directly(inputs.q):
         _append(*args)
-        torch.autograd.graph.increment_version([inputs.k, inputs.v])
     else:
         torch.ops.flash_rocm.append_kv.default(*args)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([inputs.k, inputs.v])
 
 
 def _combine(
