@@ -1,5 +1,6 @@
 """flash_rocm: FlashAttention for AMD GPUs first, two kernel back ends behind one interface."""
 
+from flash_rocm import v3
 from flash_rocm.api import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -28,5 +29,6 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "use_backend",
+    "v3",
     "virtual_gpu",
 ]

@@ -53,6 +53,9 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return out and lse of results over disjoint sets of keys; splits come first in the parts' shapes."""
 
+    def splits_of(self, problem: AttentionProblem, device: torch.device) -> int:
+        """Return into how many parts the keys of a call over a K/V cache are divided."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Capability:

@@ -161,6 +161,12 @@ def append_kv(inputs: CacheInputs, max_seqlen_new: int, rotary_interleaved: bool
         torch.autograd.graph.increment_version([inputs.k, inputs.v])
 
 
+def splits_of(problem: AttentionProblem, device: torch.device) -> int:
+    """Into how many parts the keys of a problem are divided."""
+    decision = decide(problem, virtual_device.request_on(device), device, is_empty=False)
+    return decision.run(decision.backend.splits_of, device)
+
+
 def _combine(
     out_partial: torch.Tensor, lse_partial: torch.Tensor, out_dtype: torch.dtype, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:

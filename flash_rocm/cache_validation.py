@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from flash_rocm.problem import MAX_SEQLEN, CacheInputs
-from flash_rocm.splits import MAX_SPLITS
-from flash_rocm.validation import FLOAT_DTYPES, check_alibi, invalid
+from flash_rocm.validation import FLOAT_DTYPES, check_alibi, check_sink, invalid
 
 #: From a field of the inputs to how the caller's function calls it.
 _Name = Callable[[str], str]
@@ -56,14 +55,13 @@ def check_inputs(inputs: CacheInputs, names: dict[str, str]) -> None:
     _check_new(inputs, batch, name)
     _check_rotary(inputs, name)
     for field in ("seqused_q", "seqused_k", "rotary_seqlens", "cache_batch_idx", "leftpad_k"):
-        _check_int32(name(field), getattr(inputs, field), (batch,), q)
+        check_int32(name(field), getattr(inputs, field), (batch,), q)
     for field in ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new"):
-        _check_int32(name(field), getattr(inputs, field), (batch + 1,), q)
+        check_int32(name(field), getattr(inputs, field), (batch + 1,), q)
     if inputs.alibi_slopes is not None:
         check_alibi(inputs.alibi_slopes, q, batch)
-    if inputs.sinks is not None and (inputs.sinks.shape != (q.shape[-2],) or inputs.sinks.device != q.device):
-        got = f"{tuple(inputs.sinks.shape)} on {inputs.sinks.device}"
-        raise invalid("learnable_sink", f"shape ({q.shape[-2]},) on {q.device}", got)
+    if inputs.sinks is not None:
+        check_sink(inputs.sinks, q)
 
 
 def check_ranks(inputs: CacheInputs, names: dict[str, str]) -> None:
@@ -77,13 +75,6 @@ def check_ranks(inputs: CacheInputs, names: dict[str, str]) -> None:
     if (table := inputs.block_table) is not None and (not isinstance(table, torch.Tensor) or table.dim() != 2):
         got = tuple(table.shape) if isinstance(table, torch.Tensor) else type(table).__name__
         raise invalid(names.get("block_table", "block_table"), "an int32 tensor (batch, max_pages)", got)
-
-
-def check_num_splits(num_splits: int) -> int:
-    """A number of splits, 0 for the back end's choice."""
-    if not isinstance(num_splits, int) or isinstance(num_splits, bool) or not 0 <= num_splits <= MAX_SPLITS:
-        raise invalid("num_splits", f"an int in [0, {MAX_SPLITS}]", num_splits, "0 lets the back end choose.")
-    return num_splits
 
 
 def check_attention_chunk(attention_chunk: int) -> int:
@@ -126,7 +117,8 @@ def _check_cache(inputs: CacheInputs, name: _Name) -> None:
         raise invalid(name("k"), f"a capacity of at most {MAX_SEQLEN}", inputs.capacity)
 
 
-def _check_int32(name: str, x: torch.Tensor | None, shape: tuple[int, ...], q: torch.Tensor) -> None:
+def check_int32(name: str, x: torch.Tensor | None, shape: tuple[int, ...], q: torch.Tensor) -> None:
+    """An optional int32 tensor of one shape on q's device; the contents are not read back."""
     if x is None:
         return
     if not isinstance(x, torch.Tensor) or x.dtype != torch.int32:

@@ -213,6 +213,7 @@ def _add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dropout", type=float, default=0.0, metavar="P")
     add("--softcap", type=float, default=0.0, metavar="CAP")
     add("--alibi", action="store_true")
+    add("--sink", action="store_true", help="a learnable sink for each head")
     add("--varlen", action="store_true", help="B packed sequences of Sq and Sk tokens")
     add("--deterministic", action="store_true")
     add("--backward", action="store_true", help="the call needs gradients")
@@ -234,6 +235,7 @@ def _explain(args: argparse.Namespace) -> int:
         "window_size": tuple(args.window),
         "softcap": args.softcap,
         "alibi_slopes": torch.empty(nheads, device="meta") if args.alibi else None,
+        "learnable_sink": torch.empty(nheads, device="meta") if args.sink else None,
         "deterministic": args.deterministic,
     }
     if args.varlen:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 #: Changes when entries that were stored under an earlier one can no longer be used.
 VERSION = 1
-KERNELS = ("forward", "backward_dq", "backward_dkdv", "probs", "decode", "prefill")
+KERNELS = ("forward", "backward_dq", "backward_dkdv", "probs", "decode", "prefill", "mla")
 DTYPES = ("float16", "bfloat16", "float32")
 #: Each option and the values it may have.  Those of AMD's compiler take 0 for the compiler's default.
 OPTIONS: dict[str, tuple[int, ...]] = {
@@ -27,8 +27,9 @@ OPTIONS: dict[str, tuple[int, ...]] = {
 }
 REQUIRED_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 COMPILER_OPTIONS = ("num_warps", "num_stages", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
-RANGES = ("headdim", "seqlen")
-FLAGS = ("causal", "masked", "varlen", "paged")
+#: What entries match by a range, and the smallest value there is.
+RANGES = {"headdim": 1, "seqlen": 1, "page_size": 0}
+FLAGS = ("causal", "masked", "varlen")
 MATCH_KEYS = ("dtype", *RANGES, *FLAGS)
 #: Smallest value of each limit; "R" may have a fraction.
 LIMITS = {"vgpr_spills": 0, "loop_scratch": 0, "waves_per_simd": 1, "R": 0, "oldest_spills": 0}
@@ -68,7 +69,7 @@ class Facts:
     """What entries match on.
 
     ``headdim`` is the padded one (a power of two, the larger of q's and v's), ``seqlen`` the longer side
-    rounded up to a power of two; ``masked``: a causal or a window mask applies.
+    rounded up to a power of two; ``masked``: a causal or a window mask applies; ``page_size`` 0: no pages.
     """
 
     dtype: str
@@ -77,7 +78,7 @@ class Facts:
     causal: bool
     masked: bool
     varlen: bool
-    paged: bool = False
+    page_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +88,10 @@ class Match:
     dtype: tuple[str, ...] = ()
     headdim: tuple[int, int] = (1, _UNLIMITED)
     seqlen: tuple[int, int] = (1, _UNLIMITED)
+    page_size: tuple[int, int] = (0, _UNLIMITED)
     causal: bool | None = None
     masked: bool | None = None
     varlen: bool | None = None
-    paged: bool | None = None
 
     def matches(self, facts: Facts) -> bool:
         return (
@@ -277,7 +278,7 @@ def _check_match(where: str, raw: Any) -> Match:
         pair = rules[key]
         if not isinstance(pair, list) or len(pair) != 2:
             raise ConfigError(f"{where}.{key}: expected [min, max], got {pair!r}")
-        low, high = (_check_integer(f"{where}.{key}[{index}]", value, 1) for index, value in enumerate(pair))
+        low, high = (_check_integer(f"{where}.{key}[{index}]", value, RANGES[key]) for index, value in enumerate(pair))
         if low > high:
             raise ConfigError(f"{where}.{key}: expected [min, max] with min <= max, got {pair!r}")
         values[key] = (low, high)

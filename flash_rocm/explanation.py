@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flash_rocm import backends, cache_ops, cache_validation, ops, runtime, validation, virtual_device
-from flash_rocm.api import autocast, needs_grad
+from flash_rocm.attend import autocast, needs_grad
 from flash_rocm.inference import dropout_over_pages
 from flash_rocm.problem import AttentionInputs, CacheInputs, default_softmax_scale
 
@@ -27,12 +27,13 @@ def explain(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     block_table: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None,
     arch: runtime.Arch | None = None,
 ) -> backends.Explanation:
     """Which back end a call with these arguments takes, and for every other one each reason why not.
 
-    Takes the arguments of :func:`flash_attn_func` or :func:`flash_attn_varlen_func` (tensors may be
-    on the ``meta`` device).  Nothing runs.
+    Takes the arguments of :func:`flash_attn_func` or :func:`flash_attn_varlen_func` and the
+    learnable_sink of :mod:`flash_rocm.v3` (tensors may be on the ``meta`` device).  Nothing runs.
 
     Args:
         arch: judge for another device, such as ``runtime.amd_arch("gfx942", 304)``; default: q's.
@@ -65,12 +66,22 @@ def explain(
         max_seqlen_k = validation.check_max_seqlen("max_seqlen_k", total_k if max_seqlen_k is None else max_seqlen_k)
     if alibi_slopes is not None:
         validation.check_alibi(alibi_slopes, q, batch)
+    if learnable_sink is not None:
+        validation.check_sink(learnable_sink, q)
     scale = default_softmax_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
     left, right = validation.check_scalars(dropout_p, scale, window_size, softcap)
     mask = (left, 0 if causal else right, softcap)
     if block_table is None:
-        inputs = AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
-        scalars = (max_seqlen_q, max_seqlen_k, scale, *mask, dropout_p, deterministic, needs_grad(q, k, v))
+        inputs = AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks=learnable_sink)
+        scalars = (
+            max_seqlen_q,
+            max_seqlen_k,
+            scale,
+            *mask,
+            dropout_p,
+            deterministic,
+            needs_grad(q, k, v, learnable_sink),
+        )
         problem = ops.problem_of(inputs, (*scalars, ""))
     else:
         if dropout_p > 0.0:
@@ -83,6 +94,7 @@ def explain(
             cu_seqlens_k=cu_seqlens_k,
             block_table=block_table,
             alibi_slopes=alibi_slopes,
+            sinks=learnable_sink,
         )
         cache_validation.check_inputs(pages, {})
         problem = cache_ops.problem_of(pages, (max_seqlen_q, max_seqlen_k, 0, scale, *mask, 0, False, 0, ""))

@@ -98,13 +98,12 @@ def flash_attn_with_kvcache(
         block_table=block_table,
         alibi_slopes=alibi_slopes,
     )
-    cache_validation.check_ranks(inputs, _NAMES)
     if isinstance(cache_seqlens, int):
-        inputs = inputs._replace(seqused_k=_whole_batch(cache_seqlens, inputs))
+        inputs = with_lengths(inputs, cache_seqlens, _NAMES)
     out, softmax_lse = attend_cached(
         inputs,
         _NAMES,
-        q.shape[1],
+        None,
         None,
         softmax_scale,
         causal,
@@ -117,24 +116,27 @@ def flash_attn_with_kvcache(
     return (out, softmax_lse) if return_softmax_lse else out
 
 
-def _whole_batch(cache_seqlens: int, inputs: CacheInputs) -> torch.Tensor:
+def with_lengths(inputs: CacheInputs, cache_seqlens: int, names: dict[str, str]) -> CacheInputs:
     """One length for every sequence, as the tensor that kernels read: a new number makes no new decision.
 
     Of a number the host sees whether it fits.
     """
-    new = 0 if inputs.k_new is None else inputs.k_new.shape[1]
+    cache_validation.check_ranks(inputs, names)
+    new = 0 if inputs.k_new is None or inputs.cu_seqlens_k_new is not None else inputs.k_new.shape[1]
     room = max(inputs.capacity - new, 0)
     if isinstance(cache_seqlens, bool) or not 0 <= cache_seqlens <= room:
         expected = f"an int in [0, {room}] or an int32 tensor (batch,)"
         hint = f"the cache holds {inputs.capacity} tokens of a sequence, {new} of them new."
         raise validation.invalid("cache_seqlens", expected, cache_seqlens, hint)
-    return torch.full((inputs.q.shape[0],), cache_seqlens, dtype=torch.int32, device=inputs.q.device)
+    q = inputs.q
+    lengths = torch.full((cache_ops.batch_of(inputs),), cache_seqlens, dtype=torch.int32, device=q.device)
+    return inputs._replace(seqused_k=lengths)
 
 
 def attend_cached(
     inputs: CacheInputs,
     names: dict[str, str],
-    max_seqlen_q: int,
+    max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     softmax_scale: float | None,
     causal: bool,
@@ -149,6 +151,7 @@ def attend_cached(
 
     Args:
         names: how the caller's function calls fields of the inputs.
+        max_seqlen_q: the longest query sequence; default: those of a dense q.
         max_seqlen_k: the longest key sequence, with appended tokens; default: what the cache holds.
         max_seqlen_new: of varlen new tokens; default: all there are.
     """
@@ -157,8 +160,11 @@ def attend_cached(
     scale = default_softmax_scale(q.shape[-1] + (inputs.v.shape[-1] if inputs.qv is not None else 0))
     scale = scale if softmax_scale is None else float(softmax_scale)
     left, right = validation.check_scalars(0.0, scale, window_size, softcap)
-    num_splits = cache_validation.check_num_splits(num_splits)
+    num_splits = validation.check_num_splits(num_splits)
     attention_chunk = cache_validation.check_attention_chunk(attention_chunk)
+    if inputs.sinks is not None:
+        inputs = inputs._replace(sinks=inputs.sinks.to(torch.float32).contiguous())
+    max_seqlen_q = q.shape[1] if max_seqlen_q is None else max_seqlen_q
     new = inputs.k_new
     if new is None:
         max_seqlen_new = 0
@@ -272,7 +278,7 @@ def flash_attn_combine(
         is_tensor = isinstance(x, torch.Tensor)
         if not is_tensor or x.dim() not in dims or x.dtype not in (torch.float32, torch.float64):
             got = f"{x.dtype} {tuple(x.shape)}" if is_tensor else type(x).__name__
-            raise validation.invalid(name, f"a float32 tensor with {dims[0]} or {dims[1]} dims", got)
+            raise validation.invalid(name, f"float32 with {dims[0]} or {dims[1]} dims", got)
     device = out_partial.device
     if lse_partial.shape != out_partial.shape[:-1] or lse_partial.device != device:
         got = f"{tuple(lse_partial.shape)} on {lse_partial.device}"
@@ -283,9 +289,9 @@ def flash_attn_combine(
         raise validation.invalid("out_partial", f"at most {MAX_SPLITS} splits", out_partial.shape[0])
     if out is not None:
         if out.shape != out_partial.shape[1:] or not out.is_contiguous() or out.device != device:
-            expected = f"a contiguous tensor of shape {tuple(out_partial.shape[1:])} on {device}"
+            expected = f"contiguous, shape {tuple(out_partial.shape[1:])} on {device}"
             raise validation.invalid(
-                "out", expected, f"shape {tuple(out.shape)}, stride {out.stride()} on {out.device}"
+                "out", expected, f"stride {out.stride()}, shape {tuple(out.shape)} on {out.device}"
             )
         if out_dtype not in (None, out.dtype):
             raise validation.invalid("out_dtype", f"{out.dtype}, that of out", out_dtype)

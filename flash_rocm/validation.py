@@ -12,8 +12,10 @@ import operator
 import torch
 
 from flash_rocm.problem import MAX_SEQLEN, Layout, is_plain, layout_of
+from flash_rocm.splits import MAX_SPLITS
 
 UNLIMITED = (-1, -1)
+#: Parts that a decode may split its keys into.
 FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -97,6 +99,17 @@ def check_packed(name: str, x: torch.Tensor, dims: int, parts: int) -> None:
         raise invalid(name, f"size {parts} in dim -3", x.shape[-3], f"{name} stacks its parts there.")
 
 
+def check_packed_heads(qkv: torch.Tensor, num_heads_q: int) -> int:
+    """A qkv tensor (batch, seqlen, num_heads_q + 2 * nheads_k, headdim); returns nheads_k."""
+    if qkv.dim() != 4:
+        expected = "4 dims (batch, seqlen, heads, headdim) with num_heads_q"
+        raise invalid("qkv", expected, f"{qkv.dim()} dims {tuple(qkv.shape)}")
+    heads, num_heads_q = qkv.shape[2], _whole_number("num_heads_q", num_heads_q)
+    if not 0 < num_heads_q < heads or (heads - num_heads_q) % 2:
+        raise invalid("num_heads_q", f"a count that leaves an even number of {heads} heads for k and v", num_heads_q)
+    return (heads - num_heads_q) // 2
+
+
 def check_scalars(
     dropout_p: float, softmax_scale: float, window_size: tuple[int, int], softcap: float
 ) -> tuple[int, int]:
@@ -135,6 +148,36 @@ def check_alibi(alibi_slopes: torch.Tensor, q: torch.Tensor, batch: int) -> None
         )
 
 
+def check_sink(learnable_sink: torch.Tensor, q: torch.Tensor) -> None:
+    """(nheads,) of any float dtype on q's device."""
+    nheads, hint = q.shape[-2], "one logit for each head of q."
+    if not isinstance(learnable_sink, torch.Tensor):
+        raise invalid("learnable_sink", f"a tensor ({nheads},)", type(learnable_sink).__name__, hint)
+    if learnable_sink.dtype not in FLOAT_DTYPES:
+        raise invalid("learnable_sink", "float16, bfloat16, float32 or float64", learnable_sink.dtype)
+    if learnable_sink.device != q.device:
+        raise invalid("learnable_sink", f"device {q.device}, like q", learnable_sink.device)
+    if tuple(learnable_sink.shape) != (nheads,):
+        raise invalid("learnable_sink", f"shape ({nheads},)", tuple(learnable_sink.shape), hint)
+
+
+def check_num_splits(num_splits: int) -> int:
+    """A number of splits, 0 for the back end's choice."""
+    is_flag, num_splits = isinstance(num_splits, bool), _whole_number("num_splits", num_splits)
+    if is_flag or not 0 <= num_splits <= MAX_SPLITS:
+        raise invalid("num_splits", f"an int in [0, {MAX_SPLITS}]", num_splits, "0 leaves the choice to the library.")
+    return num_splits
+
+
+def check_hints(num_splits: int, pack_gqa: bool | None, sm_margin: int) -> None:
+    """Ranges of what FlashAttention-3 lets callers say about scheduling."""
+    check_num_splits(num_splits)
+    if pack_gqa is not None and not isinstance(pack_gqa, bool):
+        raise invalid("pack_gqa", "True, False or None", pack_gqa, "None leaves the choice to the library.")
+    if _whole_number("sm_margin", sm_margin) < 0:
+        raise invalid("sm_margin", "an int >= 0", sm_margin)
+
+
 def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
     """(batch + 1,) int32, contiguous, on q's device; the contents are not read back."""
     if not isinstance(cu_seqlens, torch.Tensor):
@@ -155,6 +198,20 @@ def check_max_seqlen(name: str, max_seqlen: int) -> int:
     if not 0 <= max_seqlen <= MAX_SEQLEN:
         raise invalid(name, f"an int in [0, {MAX_SEQLEN}]", max_seqlen)
     return max_seqlen
+
+
+def check_count(name: str, value: int) -> int:
+    """An int of at least 1."""
+    value = _whole_number(name, value)
+    if value < 1:
+        raise invalid(name, "an int >= 1", value)
+    return value
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Before anything is asked of a tensor."""
+    if not isinstance(x, torch.Tensor):
+        raise invalid(name, "a tensor", type(x).__name__)
 
 
 def _whole_number(name: str, value: object) -> int:

@@ -505,6 +505,7 @@ OTHER_VALUES: dict[str, Any] = {
     "window_size": (2, 1),
     "softcap": 1.5,
     "alibi_slopes": (0.3, 0.7),
+    "learnable_sink": (0.5, 2.0),
     "deterministic": True,
     "return_attn_probs": False,
     "block_table": ((1, 2), (3, 0)),
@@ -535,7 +536,7 @@ def other_value(name: str, current: Any, device: str) -> Any:
     value = OTHER_VALUES[name]
     if name.startswith("cu_seqlens") or name == "block_table":
         return torch.tensor(value, dtype=torch.int32, device=device)
-    return torch.tensor(value, device=device) if name == "alibi_slopes" else value
+    return torch.tensor(value, device=device) if name in ("alibi_slopes", "learnable_sink") else value
 
 
 def outcome(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:

@@ -72,10 +72,13 @@ FIELDS: dict[str, tuple[CacheInputs, str]] = {
         inputs(**RAGGED, **ROTARY, rotary_seqlens=starts(1, 1, 1)),
         "rotary_seqlens: expected shape (2,), got (3,).",
     ),
-    "sinks of 3 heads": (inputs(sinks=zeros(3)), "learnable_sink: expected shape (4,) on cpu, got (3,) on cpu."),
+    "sinks of 3 heads": (
+        inputs(sinks=zeros(3)),
+        "learnable_sink: expected shape (4,), got (3,). Hint: one logit for each head of q.",
+    ),
     "sinks elsewhere": (
         inputs(sinks=zeros(4, device="meta")),
-        "learnable_sink: expected shape (4,) on cpu, got (4,) on meta.",
+        "learnable_sink: expected device cpu, like q, got meta.",
     ),
 }
 

@@ -58,10 +58,10 @@ def test_explain_chooses(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_explain_takes_every_feature(capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--window 3,4 --dropout 0.1 --softcap 20 --alibi --varlen --deterministic --backward --backend reference"
-    status, out, _ = run(capsys, "explain", *options.split())
+    options = "--window 3,4 --dropout 0.1 --softcap 20 --alibi --sink --varlen --deterministic --backward"
+    status, out, _ = run(capsys, "explain", *options.split(), "--backend", "reference")
     assert status == 0
-    assert "features: alibi, backward, deterministic, dropout, softcap, varlen, window" in out
+    assert "features: alibi, backward, deterministic, dropout, sinks, softcap, varlen, window" in out
     assert "requested: reference" in out
 
 

@@ -145,7 +145,8 @@ def test_schema_json_documents_what_is_checked() -> None:
         ({"causal": True}, {"causal": True, "masked": True}, {"masked": True}),
         ({"masked": False}, {"varlen": True}, {"masked": True}),
         ({"varlen": True}, {"varlen": True}, {"varlen": False}),
-        ({"paged": True}, {"paged": True}, {"paged": False}),
+        ({"page_size": [1, 16]}, {"page_size": 16}, {"page_size": 0}),
+        ({"page_size": [0, 0]}, {"page_size": 0}, {"page_size": 1}),
     ],
 )
 def test_match_rules(
@@ -240,7 +241,10 @@ WRONG = {
         "triton[0].options.BLOCK_K: expected one of 0, 16, 32, 64, 128, 256, got '32'",
     ),
     "no option": ({"triton": [ENTRY | {"options": {"BLOCK_M": 64}}]}, "options.BLOCK_N: expected a value, got none"),
-    "match key": (changed("match", heads=3), "match.heads: expected one of the keys dtype, headdim, seqlen, causal"),
+    "match key": (
+        changed("match", heads=3),
+        "match.heads: expected one of the keys dtype, headdim, seqlen, page_size, ",
+    ),
     "dtype": (changed("match", dtype=["fp8"]), "match.dtype: expected one of float16, bfloat16, float32, got 'fp8'"),
     "dtypes": (changed("match", dtype="float16"), "match.dtype: expected a list of float16, bfloat16, float32"),
     "headdim": (changed("match", headdim=128), "match.headdim: expected [min, max], got 128"),

@@ -99,6 +99,7 @@ def test_a_variable_is_checked_for_each_arch_and_kernel_that_takes_it() -> None:
     assert config.lookup("sm90", "probs", FACTS, source) == config.lookup("sm90", "probs", FACTS)
 
 
+@pytest.mark.filterwarnings("ignore:kpack is deprecated")
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"])
 def test_the_compiler_acts_on_what_the_table_says(arch: str) -> None:
     triton = pytest.importorskip("triton", reason="compiles Triton kernels")

@@ -140,6 +140,16 @@ def test_tensor_subclasses_go_through_the_dispatcher(wrapped: tuple[int, ...], d
     assert_equal(inner, torch.autograd.grad(expected.sum(), call.leaves))
 
 
+def test_sinks_of_a_subclass_go_through_the_dispatcher(device: str) -> None:
+    """Though q, k and v are plain."""
+    q, k, v = (x.detach() for x in make_call("dense", device).leaves)
+    sink = torch.randn(q.shape[2], device=device)
+    Wrapped.seen.clear()
+    out = flash_rocm.v3.flash_attn_func(q, k, v, learnable_sink=Wrapped(sink))
+    assert isinstance(out, Wrapped) and OPERATORS.attention_forward.default in Wrapped.seen
+    assert_equal(out.inner, flash_rocm.v3.flash_attn_func(q, k, v, learnable_sink=sink))
+
+
 def test_plain_subclasses_keep_their_type(device: str) -> None:
     class Named(torch.Tensor):
         pass

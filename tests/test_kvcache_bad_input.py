@@ -40,7 +40,7 @@ ONE_LENGTH = (
     "cache_seqlens: expected an int in [0, {}] or an int32 tensor (batch,), got {}. "
     "Hint: the cache holds 9 tokens of a sequence, {} of them new."
 )
-SPLITS = "num_splits: expected an int in [0, 256], got {}. Hint: 0 lets the back end choose."
+SPLITS = "num_splits: expected an int in [0, 256], got {}. Hint: 0 leaves the choice to the library."
 ON_META = "the device of q, cpu, got meta. Hint: move all inputs to one device."
 
 WHOLE: Wrong = {
@@ -264,8 +264,8 @@ WHOLE: Wrong = {
     # scalars
     "-1 splits": (dict(num_splits=-1), SPLITS.format("-1")),
     "257 splits": (dict(num_splits=257), SPLITS.format("257")),
-    "True splits": (dict(num_splits=True), SPLITS.format("True")),
-    "1.5 splits": (dict(num_splits=1.5), SPLITS.format("1.5")),
+    "True splits": (dict(num_splits=True), SPLITS.format(1)),
+    "1.5 splits": (dict(num_splits=1.5), "num_splits: expected an int, got 1.5 (float)."),
     "scale NaN": (dict(softmax_scale=math.nan), "softmax_scale: expected a finite number, got nan."),
     "softcap below 0": (
         dict(softcap=-1.0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .cached import append, attend, combine
+from .cached import append, attend, combine, splits_of
 from .launch import backward, forward, probs
 
-__all__ = ["append", "attend", "backward", "combine", "forward", "probs"]
+__all__ = ["append", "attend", "backward", "combine", "forward", "probs", "splits_of"]

@@ -14,13 +14,11 @@ from flash_rocm.splits import choose_splits
 
 from .cache_kernels import attn_cache_kernel, attn_combine_kernel, kv_append_kernel
 from .launch import Call, Launcher, Tensors, divisor_of_strides, lse_strides_of, pointers_of, strides_of
-from .plan import MAX_TILE_D, Plan, block_d, cache_plan
+from .plan import MAX_TILE_D, Plan, block_d, cache_plan, workgroups_per_cu
 
 ATTEND = Launcher(attn_cache_kernel)
 COMBINE = Launcher(attn_combine_kernel)
 APPEND = Launcher(kv_append_kernel)
-#: Workgroups of the attention kernel that a compute unit runs at a time.
-_PER_CU = 2
 #: Parts of a sequence that the combine kernel weighs at a time.
 _BLOCK_S = 16
 
@@ -58,10 +56,20 @@ def _is_same(x: torch.Tensor, y: torch.Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 
 
-def splits_of(problem: AttentionProblem, config: KernelConfig, blocks: int, arch: Arch) -> int:
+def splits_of(problem: AttentionProblem, device: torch.device) -> int:
+    """Into how many parts keys are divided; see :class:`flash_rocm.backends.Backend`."""
+    arch = virtual_device.arch_of(device)
+    # A head that is larger than a tile is absorbed MLA in one tensor, of which v is a part.
+    v_is_k2 = problem.qv or (problem.headdim > MAX_TILE_D and problem.headdim_v == MAX_TILE_D)
+    current = cache_plan(problem, arch, runtime.config_source(), v_is_k2)
+    return _splits(problem, current, arch)
+
+
+def _splits(problem: AttentionProblem, current: Plan, arch: Arch) -> int:
     """The caller's number of splits, or the one that occupies the chip."""
     if problem.num_splits:
         return problem.num_splits
+    config = current.config
     longest = problem.seqlen_k
     if problem.window_left >= 0 and problem.window_right >= 0:
         rows = -(-config.BLOCK_M // problem.group_size)
@@ -69,7 +77,8 @@ def splits_of(problem: AttentionProblem, config: KernelConfig, blocks: int, arch
     if problem.attention_chunk:
         longest = min(longest, 2 * problem.attention_chunk)
     tiles = -(-longest // config.BLOCK_N)
-    return choose_splits(problem.batch * problem.nheads_k * blocks, tiles, _PER_CU * arch.num_cus)
+    slots = arch.num_cus * workgroups_per_cu(current, problem.dtype.itemsize, arch)
+    return choose_splits(problem.batch * problem.nheads_k * current.blocks, tiles, slots)
 
 
 def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +88,7 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
     q_1, k_1, q_2, k_2 = _second_part(problem, inputs)
     v_is_k2 = k_2 is v or (q_2 is not q and _is_same(k_2, v))
     current = cache_plan(problem, arch, configs, v_is_k2)
-    num_splits = splits_of(problem, current.config, current.blocks, arch)
+    num_splits = _splits(problem, current, arch)
     may_skip_rows = problem.varlen or inputs.seqused_q is not None
     out = _result(q, (*q.shape[:-1], problem.headdim_v), 0.0, may_skip_rows, q.dtype)
     lse = _result(q, lse_shape(q), float("-inf"), may_skip_rows, torch.float32)

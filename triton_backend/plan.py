@@ -46,7 +46,7 @@ def facts_of(problem: AttentionProblem) -> Facts:
         causal=problem.causal,
         masked=is_masked(problem),
         varlen=problem.varlen,
-        paged=problem.page_size > 0,
+        page_size=problem.page_size,
     )
 
 
@@ -68,7 +68,7 @@ def tune_key(kernel: str, problem: AttentionProblem, arch: Arch) -> TuneKey:
 def kernels_of(problem: AttentionProblem) -> tuple[str, ...]:
     """Names of the kernels a call launches, the backward ones if gradients are needed."""
     if problem.cached:
-        return (cache_kernel(problem),)
+        return (cache_kernel(problem, problem.qv),)
     return ("forward", "backward_dq", "backward_dkdv") if problem.needs_grad else ("forward",)
 
 
@@ -162,8 +162,26 @@ DECODE_ROWS = 16
 MAX_TILE_D = 512
 
 
-def cache_kernel(problem: AttentionProblem) -> str:
+#: Bytes of shared memory of an NVIDIA multiprocessor; others have at least the last.
+_SHARED_BYTES = {"sm80": 164 << 10, "sm90": 228 << 10, "": 100 << 10}
+_MAX_WORKGROUPS_PER_CU = 8
+
+
+def workgroups_per_cu(current: Plan, itemsize: int, arch: Arch) -> int:
+    """Of the attention kernel over a K/V cache, by the memory that its tiles of keys and values take."""
+    config, constants = current.config, current.constants
+    dims = constants["BLOCK_D"] + constants["BLOCK_DV"]
+    if constants["HEADDIM_2"] and not constants["V_IS_K2"]:
+        dims += constants["BLOCK_D2"]
+    tiles = config.BLOCK_N * dims * itemsize * config.num_stages
+    pool = CHIPS[arch.name].lds_pool if arch.name in CHIPS else _SHARED_BYTES.get(arch.name, _SHARED_BYTES[""])
+    return min(max(pool // tiles, 1), _MAX_WORKGROUPS_PER_CU)
+
+
+def cache_kernel(problem: AttentionProblem, v_is_k2: bool) -> str:
     """Name of the config of the attention kernel over a K/V cache."""
+    if v_is_k2:
+        return "mla"
     return "decode" if problem.seqlen_q * problem.group_size <= DECODE_ROWS else "prefill"
 
 
@@ -176,7 +194,7 @@ def cache_plan(
     Args:
         v_is_k2: the second part of the keys' head dim is the values: they are read once for both.
     """
-    base = plan(cache_kernel(problem), dataclasses.replace(problem, needs_grad=False), arch, source)
+    base = plan(cache_kernel(problem, v_is_k2), dataclasses.replace(problem, needs_grad=False), arch, source)
     headdim, headdim_2 = problem.headdim, problem.headdim_v if problem.qv else 0
     if headdim > MAX_TILE_D:
         headdim, headdim_2 = headdim - MAX_TILE_D, MAX_TILE_D

@@ -97,7 +97,7 @@ def _tensors(kernel: str, problem: AttentionProblem, device: torch.device) -> tu
     lse_strides = launch.lse_strides_of(lse)
     optional = (None, None, starts, starts)
     if kernel == "forward":
-        return (q, k, v, torch.empty_like(q), lse, *optional), (q, k, v), lse_strides
+        return (q, k, v, torch.empty_like(q), lse, *optional, None), (q, k, v), lse_strides
     dout, delta = random(problem.nheads), torch.zeros_like(lse)
     tensors: launch.Tensors
     if kernel == "backward_dq":

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import sys
 
 import torch
 
-from flash_rocm.bench import environment, grid, memory, overhead, peers, plot, shapes
+from flash_rocm import files
+from flash_rocm.bench import decode, environment, grid, memory, overhead, peers, plot, shapes
 from flash_rocm.bench.progress import Progress
 from flash_rocm.bench.report import Report
 
+_DECODE_ROUNDS = 7
 _EPILOG = """\
 Every result is first compared with float64 on two heads; whoever is wrong gets no speed.  Peers take
 turns in one process, each round starting with another one; a speed is the median over the rounds.  Calls
@@ -28,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--speed", action="store_true", help="TFLOP/s; to have it beside --memory or --overhead")
     what.add_argument("--memory", action="store_true", help="peak memory against standard attention")
     what.add_argument("--overhead", action="store_true", help="host time of one small call against sdpa-flash")
+    what.add_argument("--decode", action="store_true", help="bytes of a K/V cache read per second; needs a GPU")
     size = parser.add_argument_group("shapes")
     size.add_argument("--preset", choices=("grid", "quick"), help="default: grid on a GPU, quick on the CPU")
     size.add_argument("--headdim", type=lengths, metavar="64,128,256", help="head dims")
@@ -61,6 +65,8 @@ def _positive(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; returns the exit status."""
     try:
+        if args.decode:
+            return _decode(args)
         report = _measure(args)
     except (ValueError, OSError) as error:
         print(f"flash-rocm bench: {error}", file=sys.stderr)
@@ -74,6 +80,23 @@ def run(args: argparse.Namespace) -> int:
     statuses |= {peak.status for peak in report.memory if peak.peer == peers.SUBJECT}
     statuses |= {item.status for item in report.overhead if item.peer == peers.SUBJECT}
     return 1 if {"wrong", "error"} & statuses else 0
+
+
+def _decode(args: argparse.Namespace) -> int:
+    """Measure on its own: neither shapes nor peers are those of the others."""
+    device = _device(args.device)
+    if device.type != "cuda":
+        raise ValueError(f"--decode: expected a GPU, got {device}.")
+    if args.speed or args.memory or args.overhead or args.plot:
+        raise ValueError("--decode: expected none of --speed, --memory, --overhead and --plot beside it.")
+    dtype, results = shapes.DTYPES[args.dtype], []
+    for item in decode.run(args.rounds or _DECODE_ROUNDS, dtype, device, quick=args.preset == "quick"):
+        results.append(item)
+        if args.json:
+            record = {"environment": environment.describe(device), "decode": [each.to_json() for each in results]}
+            files.write_whole(args.json, json.dumps(record, indent=1))
+    print(decode.text(results))
+    return 1 if any(item.status != "ok" for item in results if item.contender.startswith(peers.SUBJECT)) else 0
 
 
 def _plot(report: Report, path: pathlib.Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flash_rocm.reference.attention import backward, forward, probs
-from flash_rocm.reference.cached import append, attend, combine
+from flash_rocm.reference.cached import append, attend, combine, splits_of
 from flash_rocm.reference.tiles import TileSize
 
-__all__ = ["TileSize", "append", "attend", "backward", "combine", "forward", "probs"]
+__all__ = ["TileSize", "append", "attend", "backward", "combine", "forward", "probs", "splits_of"]

@@ -196,3 +196,8 @@ def combine(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One result from results over disjoint sets of keys; see :func:`flash_rocm.reference.kvcache.combine_splits`."""
     return combine_splits(out_partial, lse_partial, out_dtype)
+
+
+def splits_of(problem: AttentionProblem, device: torch.device) -> int:
+    """Always 1: keys are not divided."""
+    return 1
