@@ -139,7 +139,8 @@ def _append_fake(*args: Any) -> None:
 
 
 def _runs_directly(q: torch.Tensor) -> bool:
-    return is_plain(q) and not is_watched(q) and not torch.compiler.is_compiling()
+    # In this order: torch.compile cannot trace what is_watched asks.
+    return not torch.compiler.is_compiling() and is_plain(q) and not is_watched(q)
 
 
 def attention_cached(inputs: CacheInputs, scalars: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
