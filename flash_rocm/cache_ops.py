@@ -139,7 +139,8 @@ def _append_fake(*args: Any) -> None:
 
 
 def _runs_directly(q: torch.Tensor) -> bool:
-    return is_plain(q) and not is_watched(q) and not torch.compiler.is_compiling()
+    # In this order: torch.compile cannot trace what is_watched asks.
+    return not torch.compiler.is_compiling() and is_plain(q) and not is_watched(q)
 
 
 def attention_cached(inputs: CacheInputs, scalars: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,9 +156,10 @@ def append_kv(inputs: CacheInputs, max_seqlen_new: int, rotary_interleaved: bool
     args = (*(getattr(inputs, name) for name in _APPEND), max_seqlen_new, rotary_interleaved, backend)
     if _runs_directly(inputs.q):
         _append(*args)
-        torch.autograd.graph.increment_version([inputs.k, inputs.v])
     else:
         torch.ops.flash_rocm.append_kv.default(*args)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([inputs.k, inputs.v])
 
 
 def splits_of(problem: AttentionProblem, device: torch.device) -> int:

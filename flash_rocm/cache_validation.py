@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,6 +11,26 @@ from flash_rocm.validation import FLOAT_DTYPES, check_alibi, check_sink, invalid
 
 #: From a field of the inputs to how the caller's function calls it.
 _Name = Callable[[str], str]
+
+
+#: What FLASH_ROCM_DEBUG=1 finds in contents of tensors, in the order of the numbers that a back end reports.
+FAULTS = (
+    "block_table: expected pages in [0, {entries})",
+    "cache_seqlens, cache_leftpad: expected lengths, with the new tokens, in [0, {capacity}]",
+    "cache_batch_idx: expected entries in [0, {entries})",
+    "rotary_cos, rotary_sin: expected positions in [0, {rows})",
+)
+
+
+def raise_faults(reported: Sequence[int], inputs: CacheInputs) -> None:
+    """Raise what a back end found: for each of FAULTS the number of a sequence that has it + 1, or 0."""
+    if not any(reported):
+        return
+    rows = 0 if inputs.rotary_cos is None else inputs.rotary_cos.shape[0]
+    facts = {"entries": inputs.k.shape[0], "capacity": inputs.capacity, "rows": rows}
+    found = [(text.format(**facts), number - 1) for text, number in zip(FAULTS, reported, strict=True) if number]
+    lines = [f"{text}, got another in sequence {sequence}." for text, sequence in found]
+    raise ValueError(" ".join(lines) + " Nothing outside of the cache was read or written.")
 
 
 def check_inputs(inputs: CacheInputs, names: dict[str, str]) -> None:
@@ -23,10 +43,8 @@ def check_inputs(inputs: CacheInputs, names: dict[str, str]) -> None:
     def name(field: str) -> str:
         return names.get(field, field)
 
-    q, k, v = inputs.q, inputs.k, inputs.v
-    _check_rank(name("q"), q, 3 if inputs.cu_seqlens_q is not None else 4)
-    for field, x in (("k", k), ("v", v)):
-        _check_rank(name(field), x, 3 if inputs.is_packed else 4)
+    check_ranks(inputs, names)
+    q, v = inputs.q, inputs.v
     if q.dtype not in FLOAT_DTYPES:
         raise invalid(name("q"), "float16, bfloat16, float32 or float64", q.dtype, "cast the inputs.")
     batch = q.shape[0] if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.shape[0] - 1
@@ -44,6 +62,19 @@ def check_inputs(inputs: CacheInputs, names: dict[str, str]) -> None:
         check_alibi(inputs.alibi_slopes, q, batch)
     if inputs.sinks is not None:
         check_sink(inputs.sinks, q)
+
+
+def check_ranks(inputs: CacheInputs, names: dict[str, str]) -> None:
+    """Ranks of all that has a capacity or a number of tokens; what other checks, and the host, compute with."""
+    rank, rank_new = (3 if inputs.is_packed else 4), (4 if inputs.cu_seqlens_k_new is None else 3)
+    ranks = {"q": 4 if inputs.cu_seqlens_q is None else 3, "k": rank, "v": rank, "k_new": rank_new, "v_new": rank_new}
+    for field, rank in ranks.items():
+        x = getattr(inputs, field)
+        if x is not None or not field.endswith("_new"):
+            _check_rank(names.get(field, field), x, rank)
+    if (table := inputs.block_table) is not None and (not isinstance(table, torch.Tensor) or table.dim() != 2):
+        got = tuple(table.shape) if isinstance(table, torch.Tensor) else type(table).__name__
+        raise invalid(names.get("block_table", "block_table"), "an int32 tensor (batch, max_pages)", got)
 
 
 def check_attention_chunk(attention_chunk: int) -> int:
@@ -114,11 +145,11 @@ def _check_new(inputs: CacheInputs, batch: int, name: _Name) -> None:
     if inputs.seqused_k is None:
         hint = "where the new tokens go."
         raise invalid(name("seqused_k"), "the lengths of the cache, as new tokens are given", None, hint)
-    rows = (batch, k_new.shape[1]) if cu is None and k_new.dim() == 4 else (k_new.shape[0],)
+    rows = (batch, k_new.shape[1]) if cu is None else (k_new.shape[0],)
     heads = inputs.k.shape[-2]
     _check_like(name("k_new"), k_new, (*rows, heads, q.shape[-1]), q)
     _check_like(name("v_new"), v_new, (*rows, heads, inputs.v.shape[-1]), q)
-    if cu is None and (k_new.dim() != 4 or k_new.shape[1] > inputs.capacity):
+    if cu is None and k_new.shape[1] > inputs.capacity:
         raise invalid(name("k_new"), f"at most {inputs.capacity} tokens, what the cache holds", tuple(k_new.shape))
     for field, x in (("k", inputs.k), ("v", inputs.v)):
         if x.requires_grad and torch.is_grad_enabled():
@@ -141,9 +172,10 @@ def _check_rotary(inputs: CacheInputs, name: _Name) -> None:
         if x.dtype != q.dtype:
             raise invalid(label, f"the dtype of q, {q.dtype}", x.dtype, f"pass {label}.to(q.dtype).")
         if x.device != q.device or x.shape != cos.shape or x.stride() != cos.stride():
-            raise invalid(label, f"shape and strides of rotary_cos on {q.device}", f"{tuple(x.shape)} on {x.device}")
+            expected = f"shape {tuple(cos.shape)} and strides {cos.stride()} of rotary_cos on {q.device}"
+            raise invalid(label, expected, f"{tuple(x.shape)} and {x.stride()} on {x.device}")
     if not 0 < 2 * cos.shape[1] <= q.shape[-1]:
-        raise invalid("rotary_cos", f"at most headdim / 2 = {q.shape[-1] // 2} columns", cos.shape[1])
+        raise invalid("rotary_cos", f"1 to headdim / 2 = {q.shape[-1] // 2} columns", cos.shape[1])
     if inputs.rotary_seqlens is None and cos.shape[0] < inputs.capacity:
         hint = "a row for every position of the cache."
         raise invalid("rotary_cos", f"at least {inputs.capacity} rows", cos.shape[0], hint)
@@ -162,7 +194,7 @@ def _check_places(inputs: CacheInputs, batch: int, name: _Name) -> None:
     label = name("block_table")
     if inputs.cache_batch_idx is not None:
         raise invalid(name("cache_batch_idx"), f"None with {label}, which names the pages", "a tensor")
-    if table.dtype != torch.int32 or table.dim() != 2 or table.shape[0] != batch:
+    if table.dtype != torch.int32 or table.shape[0] != batch:
         raise invalid(label, f"int32 of shape ({batch}, max_pages)", f"{table.dtype} of shape {tuple(table.shape)}")
     if table.device != inputs.q.device:
         raise invalid(label, f"device {inputs.q.device}, like q", table.device)

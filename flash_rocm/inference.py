@@ -6,16 +6,22 @@ on the device: no call waits for the GPU, and a captured graph follows changing 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from flash_rocm import cache_ops, cache_validation, runtime, validation, virtual_device
 from flash_rocm.problem import CacheInputs, accumulate_dtype, default_softmax_scale
+from flash_rocm.splits import MAX_SPLITS
 
 #: How the arguments of :func:`flash_attn_with_kvcache` are called.
 _NAMES = {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_k": "cache_seqlens"}
 _NAMES |= {"leftpad_k": "cache_leftpad"}
+_NO_BACKWARD = (
+    "attention over a K/V cache has no backward. Hint: flash_attn_func and flash_attn_varlen_func without "
+    "block_table have one."
+)
 
 
 def flash_attn_with_kvcache(
@@ -78,9 +84,6 @@ def flash_attn_with_kvcache(
     With ``FLASH_ROCM_DEBUG=1`` lengths, entries and page numbers are checked on the device, and the call waits:
     one that is out of range raises ``ValueError``, and nothing outside of the cache is read or written.
     """
-    batch = q.shape[0]
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = whole_batch(cache_seqlens, batch, q.device)
     inputs = CacheInputs(
         q=q,
         k=k_cache,
@@ -89,16 +92,18 @@ def flash_attn_with_kvcache(
         v_new=v,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
-        seqused_k=cache_seqlens,
+        seqused_k=None if isinstance(cache_seqlens, int) else cache_seqlens,
         cache_batch_idx=cache_batch_idx,
         leftpad_k=cache_leftpad,
         block_table=block_table,
         alibi_slopes=alibi_slopes,
     )
+    if isinstance(cache_seqlens, int):
+        inputs = with_lengths(inputs, cache_seqlens, _NAMES)
     out, softmax_lse = attend_cached(
         inputs,
         _NAMES,
-        q.shape[1] if q.dim() == 4 else 0,
+        None,
         None,
         softmax_scale,
         causal,
@@ -111,17 +116,27 @@ def flash_attn_with_kvcache(
     return (out, softmax_lse) if return_softmax_lse else out
 
 
-def whole_batch(cache_seqlens: int, batch: int, device: torch.device) -> torch.Tensor:
-    """One length for every sequence, as the tensor that kernels read: a new number makes no new decision."""
-    if isinstance(cache_seqlens, bool) or cache_seqlens < 0:
-        raise validation.invalid("cache_seqlens", "an int >= 0 or an int32 tensor (batch,)", cache_seqlens)
-    return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=device)
+def with_lengths(inputs: CacheInputs, cache_seqlens: int, names: dict[str, str]) -> CacheInputs:
+    """One length for every sequence, as the tensor that kernels read: a new number makes no new decision.
+
+    Of a number the host sees whether it fits.
+    """
+    cache_validation.check_ranks(inputs, names)
+    new = 0 if inputs.k_new is None or inputs.cu_seqlens_k_new is not None else inputs.k_new.shape[1]
+    room = max(inputs.capacity - new, 0)
+    if isinstance(cache_seqlens, bool) or not 0 <= cache_seqlens <= room:
+        expected = f"an int in [0, {room}] or an int32 tensor (batch,)"
+        hint = f"the cache holds {inputs.capacity} tokens of a sequence, {new} of them new."
+        raise validation.invalid("cache_seqlens", expected, cache_seqlens, hint)
+    q = inputs.q
+    lengths = torch.full((cache_ops.batch_of(inputs),), cache_seqlens, dtype=torch.int32, device=q.device)
+    return inputs._replace(seqused_k=lengths)
 
 
 def attend_cached(
     inputs: CacheInputs,
     names: dict[str, str],
-    max_seqlen_q: int,
+    max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     softmax_scale: float | None,
     causal: bool,
@@ -136,6 +151,7 @@ def attend_cached(
 
     Args:
         names: how the caller's function calls fields of the inputs.
+        max_seqlen_q: the longest query sequence; default: those of a dense q.
         max_seqlen_k: the longest key sequence, with appended tokens; default: what the cache holds.
         max_seqlen_new: of varlen new tokens; default: all there are.
     """
@@ -148,6 +164,7 @@ def attend_cached(
     attention_chunk = cache_validation.check_attention_chunk(attention_chunk)
     if inputs.sinks is not None:
         inputs = inputs._replace(sinks=inputs.sinks.to(torch.float32).contiguous())
+    max_seqlen_q = q.shape[1] if max_seqlen_q is None else max_seqlen_q
     new = inputs.k_new
     if new is None:
         max_seqlen_new = 0
@@ -162,24 +179,24 @@ def attend_cached(
         *(max_seqlen_q, max_seqlen_k, max_seqlen_new, scale, left, 0 if causal else right, float(softcap)),
         *(attention_chunk, bool(rotary_interleaved), num_splits, request),
     )
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs[:6], inputs.sinks)):
-        return _WithoutBackward.apply(inputs, scalars, *(x for x in (*inputs[:6], inputs.sinks) if x is not None))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return _WithoutBackward.apply(cache_ops.attention_cached, (inputs, scalars), _NO_BACKWARD, *inputs)
     return cache_ops.attention_cached(inputs, scalars)
 
 
 class _WithoutBackward(torch.autograd.Function):
-    """So that backward through attention over a cache is an error, not a missing gradient."""
+    """``function(*args)``, which depends on the tensors: backward is an error, not a missing gradient."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: CacheInputs, scalars: tuple[Any, ...], *tensors: torch.Tensor) -> Any:
-        return cache_ops.attention_cached(inputs, scalars)
+    def forward(
+        ctx: Any, function: Callable[..., Any], args: tuple[Any, ...], error: str, *tensors: torch.Tensor | None
+    ) -> Any:
+        ctx.error = error
+        return function(*args)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        raise NotImplementedError(
-            "attention over a K/V cache has no backward. Hint: flash_attn_func and flash_attn_varlen_func without "
-            "block_table have one."
-        )
+        raise NotImplementedError(ctx.error)
 
 
 def dropout_over_pages(dropout_p: float) -> NotImplementedError:
@@ -208,6 +225,7 @@ def attend_pages(
     if dropout_p != 0.0:
         validation.check_scalars(dropout_p, 1.0, window_size, softcap)
         raise dropout_over_pages(dropout_p)
+    validation.check_varlen(q, cu_seqlens_q, cu_seqlens_k)
     inputs = CacheInputs(
         q=q,
         k=k,
@@ -254,25 +272,36 @@ def flash_attn_combine(
 
     Raises:
         ValueError: an argument is wrong.
+        NotImplementedError: of the result, in backward: there is none.
     """
     for name, x, dims in (("out_partial", out_partial, (4, 5)), ("lse_partial", lse_partial, (3, 4))):
-        expected = f"float32 with {dims[0]} or {dims[1]} dims"
-        if not isinstance(x, torch.Tensor):
-            raise validation.invalid(name, expected, type(x).__name__)
-        if x.dim() not in dims or x.dtype not in (torch.float32, torch.float64):
-            raise validation.invalid(name, expected, f"{x.dtype} {tuple(x.shape)}")
+        is_tensor = isinstance(x, torch.Tensor)
+        if not is_tensor or x.dim() not in dims or x.dtype not in (torch.float32, torch.float64):
+            got = f"{x.dtype} {tuple(x.shape)}" if is_tensor else type(x).__name__
+            raise validation.invalid(name, f"float32 with {dims[0]} or {dims[1]} dims", got)
+    device = out_partial.device
+    if lse_partial.shape != out_partial.shape[:-1] or lse_partial.device != device:
+        got = f"{tuple(lse_partial.shape)} on {lse_partial.device}"
+        raise validation.invalid("lse_partial", f"shape {tuple(out_partial.shape[:-1])} on {device}", got)
     if lse_partial.dtype != out_partial.dtype:
         raise validation.invalid("lse_partial", f"the dtype of out_partial, {out_partial.dtype}", lse_partial.dtype)
-    if lse_partial.shape != out_partial.shape[:-1] or lse_partial.device != out_partial.device:
-        raise validation.invalid("lse_partial", f"shape {tuple(out_partial.shape[:-1])}", tuple(lse_partial.shape))
-    validation.check_num_splits(out_partial.shape[0])
+    if out_partial.shape[0] > MAX_SPLITS:
+        raise validation.invalid("out_partial", f"at most {MAX_SPLITS} splits", out_partial.shape[0])
     if out is not None:
-        if out.shape != out_partial.shape[1:] or not out.is_contiguous() or out.device != out_partial.device:
-            raise validation.invalid("out", f"contiguous, shape {tuple(out_partial.shape[1:])}", tuple(out.shape))
+        if out.shape != out_partial.shape[1:] or not out.is_contiguous() or out.device != device:
+            expected = f"contiguous, shape {tuple(out_partial.shape[1:])} on {device}"
+            raise validation.invalid(
+                "out", expected, f"stride {out.stride()}, shape {tuple(out.shape)} on {out.device}"
+            )
         if out_dtype not in (None, out.dtype):
             raise validation.invalid("out_dtype", f"{out.dtype}, that of out", out_dtype)
     dtype = out.dtype if out is not None else out_dtype or accumulate_dtype(out_partial.dtype)
     if dtype not in validation.FLOAT_DTYPES:
         raise validation.invalid("out_dtype", "a floating point dtype", dtype)
-    found, lse = cache_ops.combine(out_partial, lse_partial, dtype)
+    args = (out_partial, lse_partial, dtype)
+    if torch.is_grad_enabled() and (out_partial.requires_grad or lse_partial.requires_grad):
+        error = "flash_attn_combine has no backward. Hint: pass detached tensors."
+        found, lse = _WithoutBackward.apply(cache_ops.combine, args, error, out_partial, lse_partial)
+    else:
+        found, lse = cache_ops.combine(*args)
     return (found if out is None else out.copy_(found)), lse

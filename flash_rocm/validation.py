@@ -163,8 +163,8 @@ def check_sink(learnable_sink: torch.Tensor, q: torch.Tensor) -> None:
 
 def check_num_splits(num_splits: int) -> int:
     """A number of splits, 0 for the back end's choice."""
-    num_splits = _whole_number("num_splits", num_splits)
-    if not 0 <= num_splits <= MAX_SPLITS:
+    is_flag, num_splits = isinstance(num_splits, bool), _whole_number("num_splits", num_splits)
+    if is_flag or not 0 <= num_splits <= MAX_SPLITS:
         raise invalid("num_splits", f"an int in [0, {MAX_SPLITS}]", num_splits, "0 leaves the choice to the library.")
     return num_splits
 

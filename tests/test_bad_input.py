@@ -173,7 +173,7 @@ PAGED = {
     ),
     "table 1 dim": (
         paged(block_table=of_shape(B, dtype=torch.int32)),
-        "block_table: expected int32 of shape (2, max_pages)",
+        "block_table: expected an int32 tensor (batch, max_pages), got (2,)",
     ),
     "table of 3": (
         paged(block_table=of_shape(3, 2, dtype=torch.int32)),

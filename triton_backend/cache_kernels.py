@@ -28,7 +28,8 @@ from .common import (
     tile_offsets,
 )
 
-#: Slots of the error buffer that checked kernels report to: the number of the sequence + 1.
+#: Slots of the error buffer that checked kernels report to, the number of the sequence + 1: FAULTS of
+#: ``flash_rocm/cache_validation.py``.
 BAD_PAGE = tl.constexpr(0)
 BAD_LENGTH = tl.constexpr(1)
 BAD_ENTRY = tl.constexpr(2)
@@ -313,9 +314,11 @@ def attn_cache_kernel(
         before = cached
         if rotary_seqlens_ptr is not None:
             before = tl.load(rotary_seqlens_ptr + batch)
-        position_of_rotary = before + (rows if MASK_LEFT or MASK_RIGHT or CHUNK else rows * 0)
+        MOVES: tl.constexpr = MASK_LEFT or MASK_RIGHT or CHUNK
+        position_of_rotary = before + (rows if MOVES else rows * 0)
         if CHECKED:
-            report(error_ptr, BAD_POSITION, (before < 0) | (before + rows_total > max_position), batch)
+            last = max_position - (rows_total if MOVES else 1)
+            report(error_ptr, BAD_POSITION, (before < 0) | (before > last), batch)
     q_ptrs = q_ptr + ((batch64 * stride_qb + q_rows * stride_qm + heads.to(tl.int64) * stride_qh) * VEC)[:, None]
     q = load_turned(
         q_ptrs, row_exists, dims, position_of_rotary, cos_ptr, sin_ptr, stride_rotary, max_position,
@@ -460,6 +463,9 @@ def kv_append_kernel(
     if block * BLOCK_T >= tokens_total:
         return
     _, cached = cached_length(batch, seqlen_k, capacity, None, seqused_k_ptr, error_ptr, CHECKED)
+    if seqused_k_ptr is not None:
+        # A negative length is no place: nothing is written, where clamped it would be over the first tokens.
+        cached = tl.where(tl.load(seqused_k_ptr + batch) < 0, capacity, cached)
     if CHECKED:
         report(error_ptr, BAD_LENGTH, cached + tokens_total > capacity, batch)
     tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -474,14 +480,14 @@ def kv_append_kernel(
     else:
         entry = entry_of(batch, entries, batch_idx_ptr, error_ptr, CHECKED)
         if CHECKED and batch_idx_ptr is not None:
-            index = tl.load(batch_idx_ptr + batch)
+            index = tl.load(batch_idx_ptr + batch) + tokens * 0  # a block, as the interpreter needs it for a mask
             exists = exists & (index >= 0) & (index < entries)
         slot = position.to(tl.int64)
     before = cached
     if rotary_seqlens_ptr is not None:
         before = tl.load(rotary_seqlens_ptr + batch)
     if CHECKED and ROTARY_HALF > 0:
-        report(error_ptr, BAD_POSITION, (before < 0) | (before + tokens_total > max_position), batch)
+        report(error_ptr, BAD_POSITION, (before < 0) | (before > max_position - tokens_total), batch)
     new_rows = (start_new + tokens).to(tl.int64)
     batch64 = batch.to(tl.int64)
     dims = tl.arange(0, BLOCK_D)

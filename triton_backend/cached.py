@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from flash_rocm import runtime, virtual_device
+from flash_rocm import cache_validation, runtime, virtual_device
 from flash_rocm.config_schema import KernelConfig
 from flash_rocm.problem import AttentionProblem, CacheInputs, lse_shape
 from flash_rocm.runtime import Arch
@@ -21,12 +21,6 @@ COMBINE = Launcher(attn_combine_kernel)
 APPEND = Launcher(kv_append_kernel)
 #: Parts of a sequence that the combine kernel weighs at a time.
 _BLOCK_S = 16
-_ERRORS = (
-    "block_table: expected pages in [0, {entries})",
-    "cache_seqlens, leftpad_k: expected lengths, with the new tokens, in [0, {capacity}]",
-    "cache_batch_idx: expected entries in [0, {entries})",
-    "rotary_cos, rotary_sin: expected a row for every position",
-)
 
 
 def _first(x: torch.Tensor | None) -> int:
@@ -39,18 +33,13 @@ def _present(tensors: Tensors) -> tuple[bool, ...]:
 
 def _error_buffer(inputs: CacheInputs) -> torch.Tensor | None:
     """Where checked kernels report; None unless FLASH_ROCM_DEBUG is on."""
-    return inputs.q.new_zeros(len(_ERRORS), dtype=torch.int32) if runtime.debug() else None
+    return inputs.q.new_zeros(len(cache_validation.FAULTS), dtype=torch.int32) if runtime.debug() else None
 
 
 def _raise_reported(errors: torch.Tensor | None, inputs: CacheInputs) -> None:
     """Wait for a checked kernel and raise what it reported."""
-    if errors is None:
-        return
-    found = [(text, batch) for text, batch in zip(_ERRORS, errors.tolist(), strict=True) if batch]
-    if found:
-        facts = {"entries": inputs.k.shape[0], "capacity": inputs.capacity}
-        lines = (f"{text.format(**facts)}, got another for sequence {batch - 1}." for text, batch in found)
-        raise ValueError(" ".join(lines) + " Nothing outside of the cache was read or written.")
+    if errors is not None:
+        cache_validation.raise_faults(errors.tolist(), inputs)
 
 
 def _second_part(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, ...]:

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import torch
 
+from flash_rocm import runtime
+from flash_rocm.cache_validation import FAULTS, raise_faults
 from flash_rocm.problem import AttentionInputs, AttentionProblem, CacheInputs, accumulate_dtype, lse_shape
 from flash_rocm.reference.attention import forward
-from flash_rocm.reference.kvcache import append_kv, apply_rotary, combine_splits
+from flash_rocm.reference.kvcache import append_kv, apply_rotary, check_fits, combine_splits
 from flash_rocm.sinks import lse_without_keys
 
 
@@ -26,9 +28,14 @@ class _Lengths(NamedTuple):
     leftpad: int
 
     @property
+    def count_new(self) -> int:
+        """New tokens."""
+        return self.new.stop - self.new.start
+
+    @property
     def keys(self) -> slice:
         """Of the cache entry, after the append."""
-        return slice(self.start_k + self.leftpad, self.start_k + self.cached + self.new.stop - self.new.start)
+        return slice(self.start_k + self.leftpad, self.start_k + self.cached + self.count_new)
 
 
 def _host(x: torch.Tensor | None) -> list[int] | None:
@@ -57,12 +64,49 @@ def _rotary_start(inputs: CacheInputs, b: int, lengths: _Lengths) -> int:
     return lengths.cached if inputs.rotary_seqlens is None else int(inputs.rotary_seqlens[b])
 
 
+def _check_contents(problem: AttentionProblem, inputs: CacheInputs, found: list[_Lengths], *, is_append: bool) -> None:
+    """What FLASH_ROCM_DEBUG=1 asks for: raise for lengths, entries, pages and positions that are out of range."""
+    entries, capacity, cos = inputs.k.shape[0], inputs.capacity, inputs.rotary_cos
+    index = _host(inputs.cache_batch_idx)
+    table = None if inputs.block_table is None else inputs.block_table.tolist()
+    reported = [0] * len(FAULTS)
+    for b, lengths in enumerate(found):
+        total = lengths.cached + lengths.count_new
+        is_length = lengths.cached >= 0 and total <= capacity and 0 <= lengths.leftpad <= capacity
+        used = []
+        if table is not None and is_length:
+            size = inputs.k.shape[1]
+            used = table[b][(lengths.cached if is_append else lengths.leftpad) // size : -(-total // size)]
+        is_turned = True
+        if cos is not None:
+            rows = lengths.count_new if is_append else lengths.rows.stop - lengths.rows.start
+            last = _rotary_start(inputs, b, lengths) + (rows if is_append or _rows_move(problem) else min(rows, 1))
+            is_turned = _rotary_start(inputs, b, lengths) >= 0 and last <= cos.shape[0]
+        is_right = (
+            all(0 <= page < entries for page in used),
+            is_length,
+            index is None or 0 <= index[b] < entries,
+            is_turned,
+        )
+        reported = [old if right else b + 1 for old, right in zip(reported, is_right, strict=True)]
+    raise_faults(reported, inputs)
+
+
+def _rows_move(problem: AttentionProblem) -> bool:
+    """Whether the rotary embedding turns each query at a position of its own, or all at that of the first."""
+    return problem.window_left >= 0 or problem.window_right >= 0 or problem.attention_chunk > 0
+
+
 @torch.no_grad()
 def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
     """Write k_new, turned by the rotary embedding, and v_new behind what the cache holds; k and v change in place."""
     if inputs.k_new is None or inputs.v_new is None:
         raise ValueError("k_new, v_new: expected tensors to append, got None")
-    for b, lengths in enumerate(_lengths(problem, inputs)):
+    found = _lengths(problem, inputs)
+    if runtime.debug():
+        _check_contents(problem, inputs, found, is_append=True)
+    check_fits([x.cached for x in found], [x.count_new for x in found], inputs.capacity)
+    for b, lengths in enumerate(found):
         k_new, v_new = (_tokens(x, b, lengths.new, inputs.cu_seqlens_k_new) for x in (inputs.k_new, inputs.v_new))
         if inputs.rotary_cos is not None and inputs.rotary_sin is not None:
             positions = _rotary_start(inputs, b, lengths) + torch.arange(k_new.shape[0], device=k_new.device)
@@ -104,7 +148,10 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
     q = inputs.q
     out = q.new_zeros(*q.shape[:-1], problem.headdim_v)
     lse = torch.full(lse_shape(q), float("-inf"), dtype=accumulate_dtype(q.dtype), device=q.device)
-    for b, lengths in enumerate(_lengths(problem, inputs)):
+    found = _lengths(problem, inputs)
+    if runtime.debug():
+        _check_contents(problem, inputs, found, is_append=False)
+    for b, lengths in enumerate(found):
         k, v = (_keys(x, inputs, b, lengths.keys) for x in (inputs.k, inputs.v))
         rows = _rotated(problem, inputs, b, lengths)
         if inputs.qv is not None:
@@ -125,13 +172,12 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
 
 
 def _rotated(problem: AttentionProblem, inputs: CacheInputs, b: int, lengths: _Lengths) -> torch.Tensor:
-    """Queries of one sequence.  Under a mask each is at a position of its own, else all at that of the first."""
+    """Queries of one sequence."""
     q = _tokens(inputs.q, b, lengths.rows, inputs.cu_seqlens_q)
     if inputs.rotary_cos is None or inputs.rotary_sin is None:
         return q
     steps = torch.arange(q.shape[0], device=q.device)
-    is_local = problem.window_left >= 0 or problem.window_right >= 0 or problem.attention_chunk > 0
-    positions = _rotary_start(inputs, b, lengths) + (steps if is_local else torch.zeros_like(steps))
+    positions = _rotary_start(inputs, b, lengths) + (steps if _rows_move(problem) else torch.zeros_like(steps))
     return apply_rotary(
         q, inputs.rotary_cos, inputs.rotary_sin, positions=positions, interleaved=problem.rotary_interleaved
     )

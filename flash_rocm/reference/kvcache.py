@@ -59,6 +59,16 @@ def apply_rotary(
     return result
 
 
+def check_fits(cached: Sequence[int], new: Sequence[int], capacity: int) -> None:
+    """Raise ``ValueError`` where new tokens of a sequence do not fit behind what its cache holds."""
+    for b, (length, count) in enumerate(zip(cached, new, strict=True)):
+        if not 0 <= length <= capacity - count:
+            raise ValueError(
+                f"cache_seqlens: expected 0 to {capacity - count} ({count} new tokens in a cache "
+                f"of {capacity}), got {length} for batch {b}"
+            )
+
+
 def append_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -88,12 +98,7 @@ def append_kv(
     page_size = k_cache.shape[1]
     capacity = page_size if block_table is None else page_size * block_table.shape[1]
     starts = cache_seqlens.tolist()
-    for b in range(batch):
-        if not 0 <= starts[b] <= capacity - seqlen_new:
-            raise ValueError(
-                f"cache_seqlens: expected 0 to {capacity - seqlen_new} ({seqlen_new} new tokens in a cache "
-                f"of {capacity}), got {starts[b]} for batch {b}"
-            )
+    check_fits(starts, [seqlen_new] * batch, capacity)
     for b in range(batch):
         position = torch.arange(starts[b], starts[b] + seqlen_new, device=k.device)
         if block_table is not None:

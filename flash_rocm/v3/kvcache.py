@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flash_rocm import cache_ops, cache_validation, validation
-from flash_rocm.inference import attend_cached, whole_batch
+from flash_rocm.inference import attend_cached, with_lengths
 from flash_rocm.problem import AttentionProblem, CacheInputs, default_softmax_scale
 from flash_rocm.v3.attention import AttentionResult, refuse_fp8
 
@@ -82,9 +82,6 @@ def flash_attn_with_kvcache(
         raise validation.invalid("max_seqlen_q", "an int, as cu_seqlens_q is given", None, "the longest query.")
     else:
         longest = validation.check_max_seqlen("max_seqlen_q", max_seqlen_q)
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = whole_batch(cache_seqlens, batch, q.device)
     inputs = CacheInputs(
         q=q,
         k=k_cache,
@@ -96,13 +93,15 @@ def flash_attn_with_kvcache(
         rotary_sin=rotary_sin,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k_new=cu_seqlens_k_new,
-        seqused_k=cache_seqlens,
+        seqused_k=None if isinstance(cache_seqlens, int) else cache_seqlens,
         rotary_seqlens=rotary_seqlens,
         cache_batch_idx=cache_batch_idx,
         leftpad_k=cache_leftpad,
         block_table=page_table,
         sinks=learnable_sink,
     )
+    if isinstance(cache_seqlens, int):
+        inputs = with_lengths(inputs, cache_seqlens, _NAMES)
     out, softmax_lse = attend_cached(
         inputs,
         _NAMES,

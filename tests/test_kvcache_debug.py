@@ -1,0 +1,242 @@
+"""FLASH_ROCM_DEBUG=1: what is wrong in the contents of lengths, entries and page tables is reported.
+
+On the virtual GPU caches have exactly their memory, and any access beside it is an error of its own; elsewhere
+they lie between values that must stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from kvcache_calls import BATCH, CAPACITY, DIM, DIM_V, ENTRIES, HEADS, HEADS_K, NEW, full_call, integers, without_new
+from test_adversarial import random, same
+
+import flash_rocm
+from flash_rocm import cache_ops
+from flash_rocm.problem import CacheInputs
+from flash_rocm.runtime import ConfigError
+
+TARGETS = [
+    pytest.param("cpu", id="cpu"),
+    pytest.param("interpret", id="interpret", marks=pytest.mark.interpret),
+    pytest.param("virtual:gfx942", id="virtual-gfx942", marks=pytest.mark.virtual),
+    pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
+]
+NOTHING = " Nothing outside of the cache was read or written."
+GUARD = 77.0
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Kernels of a target, on tensors of what :func:`device_of` says."""
+    with contextlib.ExitStack() as stack:
+        if request.param.startswith("virtual"):
+            stack.enter_context(flash_rocm.virtual_gpu(request.param.partition(":")[2]))
+        if request.param != "cpu":
+            stack.enter_context(flash_rocm.use_backend("triton"))
+        yield request.param
+
+
+@pytest.fixture
+def debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_ROCM_DEBUG", "1")
+
+
+def device_of(target: str) -> str:
+    return "cuda" if target == "cuda" else "cpu"
+
+
+def paged(device: str, page_size: int, *lengths: int, new: int = 0, rows: int = 1) -> dict[str, Any]:
+    """A call over pages of which each sequence has just enough."""
+    pages = -(-(max(lengths) + new) // page_size)
+    shape = (pages * len(lengths), page_size)
+    arguments = dict(
+        q=random(device, len(lengths), rows, HEADS, DIM),
+        k_cache=random(device, *shape, HEADS_K, DIM, seed=1),
+        v_cache=random(device, *shape, HEADS_K, DIM_V, seed=2),
+        cache_seqlens=integers(device, *lengths),
+        block_table=torch.arange(shape[0], dtype=torch.int32, device=device).view(len(lengths), pages),
+    )
+    if new:
+        arguments["k"] = random(device, len(lengths), new, HEADS_K, DIM, seed=3)
+        arguments["v"] = random(device, len(lengths), new, HEADS_K, DIM_V, seed=4)
+    return arguments
+
+
+def assert_reported(arguments: dict[str, Any], text: str, target: str) -> None:
+    """The error, and the guards around both caches as they were."""
+    guarded = {}
+    if not target.startswith("virtual"):
+        for name in ("k_cache", "v_cache"):
+            cache = arguments[name]
+            guard = torch.full_like(cache, GUARD)
+            guarded[name] = torch.cat([guard, cache, guard])
+            arguments[name] = guarded[name][cache.shape[0] : -cache.shape[0]]
+    with pytest.raises(ValueError) as error:
+        flash_rocm.flash_attn_with_kvcache(**arguments)
+    assert str(error.value) == text + NOTHING
+    for x in guarded.values():
+        outside = torch.cat([x[: x.shape[0] // 3], x[-(x.shape[0] // 3) :]])
+        assert bool((outside == GUARD).all())
+
+
+# --------------------------------------------------------------------------------------------------
+# Page numbers
+
+
+@pytest.mark.parametrize("bad", (-1, "entries", 1 << 30), ids=str)
+@pytest.mark.parametrize(
+    ("page_size", "rows"), [(64, 1), (64, 9), (3, 1), (1, 9)], ids=["whole", "whole-prefill", "small", "single-prefill"]
+)
+@pytest.mark.usefixtures("debug")
+def test_page_that_is_read(page_size: int, rows: int, bad: Any, target: str) -> None:
+    """Kernels take one page for a tile of keys, or look up each key."""
+    arguments = paged(device_of(target), page_size, 2, 2 * page_size + 1 if page_size < 64 else 100, rows=rows)
+    pages = arguments["k_cache"].shape[0]
+    arguments["block_table"][1, -1] = pages if bad == "entries" else bad
+    arguments["block_table"][0, -(-2 // page_size) :] = -7  # behind the last page: not looked at
+    assert_reported(arguments, f"block_table: expected pages in [0, {pages}), got another in sequence 1.", target)
+
+
+@pytest.mark.parametrize("bad", (-1, "entries", 1 << 30), ids=str)
+@pytest.mark.parametrize("page_size", (64, 3))
+@pytest.mark.usefixtures("debug")
+def test_page_that_is_written(page_size: int, bad: Any, target: str) -> None:
+    arguments = paged(device_of(target), page_size, 2, page_size + 1, new=page_size)
+    pages = arguments["k_cache"].shape[0]
+    arguments["block_table"][0, -1] = pages if bad == "entries" else bad
+    arguments["cache_seqlens"] = integers(device_of(target), page_size + 1, 2)
+    assert_reported(arguments, f"block_table: expected pages in [0, {pages}), got another in sequence 0.", target)
+
+
+# --------------------------------------------------------------------------------------------------
+# Lengths and entries
+
+LENGTHS = "cache_seqlens, cache_leftpad: expected lengths, with the new tokens, in [0, 12], got another in sequence 1."
+
+
+@pytest.mark.parametrize("bad", (-1, CAPACITY + 1, 2**31 - 1, -(2**31)))
+@pytest.mark.parametrize("append", (False, True), ids=["read", "append"])
+@pytest.mark.parametrize("paged", (False, True), ids=["entries", "pages"])
+@pytest.mark.usefixtures("debug")
+def test_length(paged: bool, append: bool, bad: int, target: str) -> None:
+    arguments = full_call(device_of(target), paged)
+    for name in ("rotary_cos", "rotary_sin"):
+        del arguments[name]
+    arguments = arguments if append else without_new(arguments)
+    bad = CAPACITY - NEW + 1 if append and bad == CAPACITY + 1 else bad
+    arguments["cache_seqlens"] = integers(device_of(target), 5, bad)
+    assert_reported(arguments, LENGTHS, target)
+
+
+@pytest.mark.parametrize("bad", (-1, CAPACITY + 1, 2**31 - 1))
+@pytest.mark.usefixtures("debug")
+def test_left_padding(bad: int, target: str) -> None:
+    arguments = without_new(full_call(device_of(target)))
+    arguments["cache_leftpad"] = integers(device_of(target), 5, bad)
+    assert_reported(arguments, LENGTHS, target)
+
+
+@pytest.mark.parametrize("bad", (-1, ENTRIES, 1 << 30))
+@pytest.mark.parametrize("append", (False, True), ids=["read", "append"])
+@pytest.mark.usefixtures("debug")
+def test_entry(append: bool, bad: int, target: str) -> None:
+    arguments = full_call(device_of(target)) if append else without_new(full_call(device_of(target)))
+    arguments["cache_batch_idx"] = integers(device_of(target), 2, bad)
+    assert_reported(arguments, "cache_batch_idx: expected entries in [0, 4), got another in sequence 1.", target)
+
+
+# --------------------------------------------------------------------------------------------------
+# Rotary tables
+
+ROTARY = "rotary_cos, rotary_sin: expected positions in [0, {rows}), got another in sequence 1."
+
+
+@pytest.mark.usefixtures("debug")
+def test_queries_beyond_the_rotary_table(target: str) -> None:
+    """More queries than new tokens, under a mask: their positions pass the end of the cache."""
+    arguments = full_call(device_of(target))
+    arguments["q"] = random(device_of(target), BATCH, 8, HEADS, DIM)
+    arguments["causal"] = True
+    assert_reported(arguments, ROTARY.format(rows=CAPACITY + 4), target)
+
+
+@pytest.mark.usefixtures("debug")
+def test_queries_of_one_position(target: str) -> None:
+    """Without a mask all queries are at the position of the first new token, which the table has."""
+    arguments = full_call(device_of(target))
+    arguments["q"] = random(device_of(target), BATCH, 8, HEADS, DIM)
+    assert flash_rocm.flash_attn_with_kvcache(**arguments)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", (-1, CAPACITY + 3, 2**31 - 1))
+@pytest.mark.usefixtures("debug")
+def test_new_tokens_beyond_the_rotary_table(bad: int, target: str) -> None:
+    """Positions of their own (rotary_seqlens), which only the operator takes."""
+    given = full_call(device_of(target))
+    inputs = CacheInputs(
+        q=given["q"], k=given["k_cache"], v=given["v_cache"], k_new=given["k"], v_new=given["v"],
+        rotary_cos=given["rotary_cos"], rotary_sin=given["rotary_sin"], seqused_k=given["cache_seqlens"],
+        cache_batch_idx=given["cache_batch_idx"], rotary_seqlens=integers(device_of(target), 1, bad),
+    )  # fmt: skip
+    with pytest.raises(ValueError) as error:
+        cache_ops.append_kv(inputs, NEW, True, "")
+    assert str(error.value) == ROTARY.format(rows=CAPACITY + 4) + NOTHING
+
+
+# --------------------------------------------------------------------------------------------------
+# Calls without a fault, and the variable
+
+
+@pytest.mark.parametrize("kind", ("entries", "pages", "whole pages", "window"))
+def test_valid_call_is_unchanged(kind: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def arguments() -> dict[str, Any]:
+        if kind == "whole pages":
+            return paged(device_of(target), 64, 5, 128) | {"return_softmax_lse": True}
+        return full_call(device_of(target), kind == "pages") | ({"window_size": (3, 1)} if kind == "window" else {})
+
+    plain, checked = arguments(), arguments()
+    expected = flash_rocm.flash_attn_with_kvcache(**plain)
+    monkeypatch.setenv("FLASH_ROCM_DEBUG", "1")
+    found = flash_rocm.flash_attn_with_kvcache(**checked)
+    assert same((*found, checked["k_cache"], checked["v_cache"]), (*expected, plain["k_cache"], plain["v_cache"]))
+
+
+@pytest.mark.usefixtures("debug")
+def test_several_faults_at_once(target: str) -> None:
+    arguments = without_new(full_call(device_of(target)))
+    arguments.update(
+        cache_batch_idx=integers(device_of(target), -1, 0), cache_seqlens=integers(device_of(target), 5, 99)
+    )
+    other = "cache_batch_idx: expected entries in [0, 4), got another in sequence 0."
+    assert_reported(arguments, f"{LENGTHS} {other}", target)
+
+
+def test_another_value_of_the_variable(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = full_call(device_of(target))
+    caches = arguments["k_cache"].clone(), arguments["v_cache"].clone()
+    monkeypatch.setenv("FLASH_ROCM_DEBUG", "2")
+    with pytest.raises(ConfigError) as error:
+        flash_rocm.flash_attn_with_kvcache(**arguments)
+    assert str(error.value) == "FLASH_ROCM_DEBUG: expected 0 or 1, got '2'. Hint: unset it for 0."
+    assert same((arguments["k_cache"], arguments["v_cache"]), caches)
+    monkeypatch.setenv("FLASH_ROCM_DEBUG", "0")
+    flash_rocm.flash_attn_with_kvcache(**arguments)
+
+
+@pytest.mark.virtual
+@pytest.mark.parametrize("page_size", (64, 3))
+@pytest.mark.parametrize("new", (0, 2), ids=["read", "append"])
+def test_virtual_gpu_finds_what_is_not_checked(new: int, page_size: int) -> None:
+    """So the silence of the tests above means something."""
+    pytest.importorskip("elftools", reason="needs flash_rocm[virtual]")
+    from flash_rocm.virtual import VirtualGpuError
+
+    arguments = paged("cpu", page_size, 2, page_size + 1, new=new)
+    arguments["block_table"][1, -1] = arguments["k_cache"].shape[0]
+    with flash_rocm.virtual_gpu("gfx942"), pytest.raises(VirtualGpuError):
+        flash_rocm.flash_attn_with_kvcache(**arguments)
