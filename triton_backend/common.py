@@ -110,6 +110,8 @@ def dot_by_chunks(
     CHUNK: tl.constexpr = BLOCK_K if BLOCK_K < BLOCK_D else BLOCK_D
     # Chips that need this multiply float32 without matrix instructions: unrolled, that would spill again.
     UNROLL: tl.constexpr = 1 if a_ptr.dtype.element_ty == tl.float32 else BLOCK_D // CHUNK
+    # One chain of so many float32 additions is several times less exact than sums of partial sums.
+    PARTIAL_SUMS: tl.constexpr = a_ptr.dtype.element_ty == tl.float32 and BLOCK_D > 256
     a_in_tile = tl.arange(0, A)
     b_in_tile = tl.arange(0, B)
     result = tl.zeros([A, B], tl.float32)
@@ -121,8 +123,12 @@ def dot_by_chunks(
         b = load_tile(
             b_ptr + tile_offsets(b_in_tile, stride_b, dims, VEC, WIDE), b_rows, b_limit, dims, HEADDIM, BLOCK_D, MASK_B
         )  # [B, CHUNK]
-        result = dot(a, tl.trans(b), result)
-    return result
+        if PARTIAL_SUMS:
+            # Triton would make one chain again of an addition.
+            result -= dot(a, tl.trans(b), None)
+        else:
+            result = dot(a, tl.trans(b), result)
+    return -result if PARTIAL_SUMS else result
 
 
 @triton.jit
