@@ -92,7 +92,9 @@ def cases(scope: Scope) -> Iterator[Case]:
         rng = random.Random(f"{scope.backend}{scope.target}{dtype}")
         for features in _feature_sets(rng, scope.rounds):
             seed += 1
-            yield _case(rng, scope, dtype, features, seed, next(sizes))
+            # Each size in turn, whatever comes between calls over pages.
+            page_size = next(sizes) if {"paged", "paged_prefill"} & set(features) else 0
+            yield _case(rng, scope, dtype, features, seed, page_size)
 
 
 def _case(
@@ -102,6 +104,10 @@ def _case(
     new = bool(some & {"append", "rotary", "rotary_neox", "varlen_new", "rotary_seqlens"})
     rotary = bool(some & {"rotary", "rotary_neox", "rotary_seqlens"})
     seqlen_k = rng.randint(2, scope.longest)
+    if page_size:
+        seqlen_k = max(seqlen_k, page_size + 2)  # one page alone says nothing about the next
+    if "splits" in some:
+        seqlen_k = scope.longest  # of one tile of keys only one split gets any
     headdim = rng.choice(scope.headdims)
     if "large_head" in some:
         headdim = 576
@@ -124,7 +130,7 @@ def _case(
         alibi="alibi" in some,
         sinks="sinks" in some,
         cached=True,
-        page_size=page_size if some & {"paged", "paged_prefill"} else 0,
+        page_size=page_size,
         seqlen_new=rng.randint(1, min(5, seqlen_k)) if new else 0,
         rotary_dim=rng.choice((8, 16)) if rotary else 0,
         rotary_interleaved="rotary" in some,
