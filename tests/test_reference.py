@@ -241,19 +241,6 @@ def test_seen_nan_is_not_hidden() -> None:
     assert bool(out[0, 3:].isnan().all()) and bool(out[0, :3].isfinite().all())
 
 
-@pytest.mark.parametrize("page_size", (1, 3, 16))
-@pytest.mark.parametrize("feature", ("causal", "gqa", "everything"))
-def test_paged(feature: str, page_size: int) -> None:
-    problem = make_problem(
-        dtype=torch.bfloat16, varlen=True, batch=4, page_size=page_size, **{"seqlen_q": 17, **FEATURES[feature]}
-    )
-    case = make_inputs(problem, 7, poison=True, seqlens_q=[17, 1, 0, 9], seqlens_k=[40, 53, 5, 0])
-    out, lse = forward(problem, case.inputs, tile=TILE)
-    assert_attention_close(problem, case, out, lse)
-    with pytest.raises(NotImplementedError, match="page_size"):
-        backward(problem, case.inputs, out, lse, case.dout)
-
-
 @pytest.mark.parametrize("varlen", (False, True))
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_probs(dtype: torch.dtype, varlen: bool) -> None:

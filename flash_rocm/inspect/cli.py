@@ -8,12 +8,12 @@ import pathlib
 import sys
 
 from flash_rocm import runtime, virtual_device
-from flash_rocm.config_schema import KERNELS, ConfigError
+from flash_rocm.config_schema import ConfigError
 
 from .batch import inspect_cases
 from .counts import InspectError
 from .judge import CHECKS, differences, violations
-from .kernels import AMD_ARCHS, DTYPES, HEADDIMS, MASKS, NVIDIA_ARCHS, SHIPPED_KERNELS, check_case
+from .kernels import AMD_ARCHS, DTYPES, HEADDIMS, KERNELS, MASKS, NVIDIA_ARCHS, SHIPPED_KERNELS, check_case
 from .objects import inspect_object
 from .report import Case, Report
 from .tables import as_json, as_table, read_json
