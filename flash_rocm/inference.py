@@ -16,8 +16,8 @@ from flash_rocm.problem import CacheInputs, accumulate_dtype, default_softmax_sc
 from flash_rocm.splits import MAX_SPLITS
 
 #: How the arguments of :func:`flash_attn_with_kvcache` are called.
-_NAMES = {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_k": "cache_seqlens"}
-_NAMES |= {"leftpad_k": "cache_leftpad"}
+NAMES = {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_k": "cache_seqlens"}
+NAMES |= {"leftpad_k": "cache_leftpad"}
 _NO_BACKWARD = (
     "attention over a K/V cache has no backward. Hint: flash_attn_func and flash_attn_varlen_func without "
     "block_table have one."
@@ -99,10 +99,10 @@ def flash_attn_with_kvcache(
         alibi_slopes=alibi_slopes,
     )
     if isinstance(cache_seqlens, int):
-        inputs = with_lengths(inputs, cache_seqlens, _NAMES)
+        inputs = with_lengths(inputs, cache_seqlens, NAMES)
     out, softmax_lse = attend_cached(
         inputs,
-        _NAMES,
+        NAMES,
         None,
         None,
         softmax_scale,

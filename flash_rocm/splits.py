@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 MAX_SPLITS = 256
 #: What a part costs beside its keys, in tiles of keys: starting, and combining its result.
 _OVERHEAD_TILES = 2.0
 
 
+@functools.lru_cache(maxsize=4096)  # every call of a decode asks
 def choose_splits(workgroups: int, tiles: int, slots: int) -> int:
     """The number of splits that a chip is done with first.
 

@@ -15,7 +15,6 @@ from flash_rocm.problem import MAX_SEQLEN, Layout, is_plain, layout_of
 from flash_rocm.splits import MAX_SPLITS
 
 UNLIMITED = (-1, -1)
-#: Parts that a decode may split its keys into.
 FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 

@@ -13,7 +13,7 @@ from flash_rocm.runtime import Arch
 from flash_rocm.splits import choose_splits
 
 from .cache_kernels import attn_cache_kernel, attn_combine_kernel, kv_append_kernel
-from .launch import Call, Launcher, Tensors, divisor_of_strides, lse_strides_of, pointers_of, strides_of
+from .launch import Call, Launcher, Tensors, divisor_of_strides, lse_strides_of, pointers_of, slopes_stride, strides_of
 from .plan import MAX_TILE_D, Plan, block_d, cache_plan, workgroups_per_cu
 
 ATTEND = Launcher(attn_cache_kernel)
@@ -151,11 +151,10 @@ def _attend_call(
     else:
         lse_row, lse_split = problem.nheads * num_splits, 1
         out_strides = (row * num_splits, problem.headdim_v * num_splits, problem.headdim_v)
-    slopes = inputs.alibi_slopes
     rotary_stride, max_position = _table_facts(inputs)
     scalars: list[int | float] = [lse_row, lse_split, *out_strides]
     scalars += [stride // vec for tensor in strides for stride in tensor]
-    scalars += [_first(inputs.block_table), slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0]
+    scalars += [_first(inputs.block_table), slopes_stride(inputs.alibi_slopes)]
     scalars += [rotary_stride, max_position, problem.nheads, problem.group_size, problem.seqlen_q, problem.seqlen_k]
     scalars += [problem.seqlen_new, inputs.capacity, inputs.k.shape[0], current.blocks, num_splits, current.scale]
     scalars += [current.softcap_log2, current.window_left, current.window_right, problem.attention_chunk]
@@ -258,13 +257,12 @@ def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
     pointers, facts = pointers_of(tensors)
     strided = (k_new, v_new, inputs.k, inputs.v)
     strides = tuple(strides_of(x) for x in strided)
-    fresh = strides[0][:2]
     key = (
         *(problem, strides, inputs.k.shape[:2], k_new.device, _first(inputs.block_table), _present(tensors), facts),
         *(inputs.capacity, _table_facts(inputs)),
     )
     vec = divisor_of_strides(strides, k_new.element_size())
-    fresh = (fresh[0] // vec, fresh[1] // vec)
+    fresh = (strides[0][0] // vec, strides[0][1] // vec)
     if not APPEND.launch_known(key, [*pointers, *fresh]):
         block_t = min(16, 1 << (max(problem.seqlen_new, 1) - 1).bit_length())
         blocks = -(-problem.seqlen_new // block_t)

@@ -183,7 +183,7 @@ def new_call(
     row = max(problem.headdim if is_backward else 0, problem.headdim_v if kernel != "probs" else 0)
     constants = _layout_constants(current, q.element_size(), strides, problem.nheads * row)
     heads = problem.nheads_k if kernel == "backward_dkdv" else problem.nheads
-    scalars: list[int | float] = [*_divided(strides, constants["VEC"]), _slopes_stride(alibi_slopes)]
+    scalars: list[int | float] = [*_divided(strides, constants["VEC"]), slopes_stride(alibi_slopes)]
     scalars += _counts(problem, current, heads)
     if is_backward:
         constants["HAS_DLSE"] = has_dlse
@@ -263,7 +263,7 @@ def _divided(strides: tuple[Strides, ...], vec: int) -> tuple[int, ...]:
     return tuple(stride // vec for tensor in strides for stride in tensor)
 
 
-def _slopes_stride(slopes: torch.Tensor | None) -> int:
+def slopes_stride(slopes: torch.Tensor | None) -> int:
     return slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
 
 

@@ -194,7 +194,7 @@ def cache_plan(
     Args:
         v_is_k2: the second part of the keys' head dim is the values: they are read once for both.
     """
-    base = plan(cache_kernel(problem, v_is_k2), dataclasses.replace(problem, needs_grad=False), arch, source)
+    base = plan(cache_kernel(problem, v_is_k2), problem, arch, source)
     headdim, headdim_2 = problem.headdim, problem.headdim_v if problem.qv else 0
     if headdim > MAX_TILE_D:
         headdim, headdim_2 = headdim - MAX_TILE_D, MAX_TILE_D

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 
 from flash_rocm import cache_ops, cache_validation, validation
-from flash_rocm.inference import attend_cached, with_lengths
+from flash_rocm.inference import NAMES, attend_cached, with_lengths
 from flash_rocm.problem import AttentionProblem, CacheInputs, default_softmax_scale
 from flash_rocm.v3.attention import AttentionResult, refuse_fp8
 
 #: How the arguments of :func:`flash_attn_with_kvcache` are called.
-_NAMES = {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v", "seqused_k": "cache_seqlens"}
-_NAMES |= {"leftpad_k": "cache_leftpad", "block_table": "page_table", "sinks": "learnable_sink"}
+_NAMES = NAMES | {"block_table": "page_table", "sinks": "learnable_sink"}
 
 
 def flash_attn_with_kvcache(
