@@ -156,13 +156,14 @@ def test_on_a_gpu(name: str, num_splits: int, monkeypatch: pytest.MonkeyPatch) -
     problem = mla_problem(**fields, num_splits=num_splits)
     case = cache_matrix.Case("triton", "cuda", problem, call, seed=num_splits, features=("mla",))
     taken: list[str] = []
+    route_of = cached._route_of
 
-    class Recorder(dict[str, Any]):
-        def __getitem__(self, name: str) -> Any:
-            taken.append(name)
-            return super().__getitem__(name)
+    def recorded(*args: Any) -> Any:
+        route = route_of(*args)
+        taken.append(route.plan.config.implementation)
+        return route
 
-    monkeypatch.setattr(cached, "ATTEND", Recorder(cached.ATTEND))
+    monkeypatch.setattr(cached, "_route_of", recorded)
     cache_matrix.run(case)
     monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"mla": {"implementation": "triton"}}')
     cache_matrix.run(case)

@@ -12,13 +12,22 @@ from flash_rocm.problem import AttentionProblem, CacheInputs, cache_layout_of, l
 from flash_rocm.runtime import Arch
 from flash_rocm.splits import choose_splits
 
-from . import mla_hopper
 from .cache_kernels import attn_cache_kernel, attn_combine_kernel, kv_append_kernel
-from .launch import Call, Launcher, Tensors, divisor_of_strides, lse_strides_of, pointers_of, slopes_stride, strides_of
+from .launch import (
+    Call,
+    Launcher,
+    Tensors,
+    are_aligned,
+    divisor_of_strides,
+    lse_strides_of,
+    pointers_of,
+    slopes_stride,
+    strides_of,
+)
+from .mla_hopper import attn_mla_kernel
 from .plan import MAX_TILE_D, Plan, block_d, cache_plan, is_absorbed, is_plain, workgroups_per_cu
 
-#: By the implementation that a config asks for.
-ATTEND = {"triton": Launcher(attn_cache_kernel), "gluon": Launcher(mla_hopper.attn_mla_kernel)}
+ATTEND = Launcher(attn_cache_kernel, attn_mla_kernel)
 COMBINE = Launcher(attn_combine_kernel)
 APPEND = Launcher(kv_append_kernel)
 #: Parts of a sequence that the combine kernel weighs at a time.
@@ -56,13 +65,7 @@ def _is_same(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 def _is_plain(problem: AttentionProblem, strided: tuple[torch.Tensor, ...]) -> bool:
     """See :class:`flash_rocm.config_schema.Facts`."""
-    itemsize = problem.dtype.itemsize
-    return (
-        is_plain(problem)
-        and not runtime.debug()
-        and all(x.data_ptr() % 16 == 0 for x in strided)
-        and divisor_of_strides(tuple(strides_of(x) for x in strided), itemsize) * itemsize == 16
-    )
+    return is_plain(problem) and not runtime.debug() and are_aligned(strided, tuple(map(strides_of, strided)))
 
 
 def splits_of(problem: AttentionProblem, device: torch.device) -> int:
@@ -92,10 +95,10 @@ def _splits(problem: AttentionProblem, current: Plan, arch: Arch) -> int:
 class _Route:
     """What a call takes that follows from its problem and layout; its identity keys launches."""
 
-    __slots__ = ("plan", "launcher", "num_splits")
+    __slots__ = ("plan", "num_splits")
 
     def __init__(self, problem: AttentionProblem, current: Plan, arch: Arch) -> None:
-        self.plan, self.launcher = current, ATTEND[current.config.implementation]
+        self.plan = current
         self.num_splits = _splits(problem, current, arch)
 
 
@@ -144,9 +147,9 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
     )
     pointers, facts = pointers_of(tensors)
     key = (route, facts, errors is None)
-    if not route.launcher.launch_known(key, [*pointers, *lse_strides]):
+    if not ATTEND.launch_known(key, [*pointers, *lse_strides]):
         call = _attend_call(problem, inputs, route.plan, tensors, strided, lse_strides, num_splits)
-        route.launcher.launch_new(key, call)
+        ATTEND.launch_new(key, call)
     _raise_reported(errors, inputs)
     if num_splits > 1:
         _combine_parts(target, target_lse, out, lse, route)

@@ -23,10 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .cache_kernels import cached_length, entry_of, split_columns, visible_positions
 from .common import LN2, sequence_bounds
-
-#: Their names since Triton 3.9, and before.
-_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+from .hopper import THREADS, barrier, copy
 
 #: Rows of a program: what one warpgroup multiplies.
 ROWS = gl.constexpr(64)
@@ -34,7 +31,6 @@ ROWS = gl.constexpr(64)
 HALF_DV = gl.constexpr(256)
 #: Dims of the keys that are no values.
 ROPE_DIMS = gl.constexpr(64)
-THREADS = gl.constexpr(128)
 
 
 @gluon.jit
@@ -53,7 +49,7 @@ def _copy_rows(
     else:
         rows = cols.to(gl.int64) * stride_row * VEC
     dims = gl.arange(0, DIMS, layout=gl.SliceLayout(0, layout))
-    _copy(buffer, (ptr + rows)[:, None] + dims[None, :], mask=exists[:, None])
+    copy(buffer, (ptr + rows)[:, None] + dims[None, :], mask=exists[:, None])
 
 
 @gluon.jit
@@ -207,7 +203,7 @@ def _load_q(buffer, row_ptr, row_stride_m, row_stride_h, packed_start, group_siz
     heads = (packed % group_size).to(gl.int64)
     dims = gl.arange(0, DIMS, layout=gl.SliceLayout(0, layout))
     ptrs = row_ptr + (rows * row_stride_m + heads * row_stride_h)[:, None] + dims[None, :]
-    _copy(buffer, ptrs, mask=(rows_in_tile < rows_left)[:, None])
+    copy(buffer, ptrs, mask=(rows_in_tile < rows_left)[:, None])
 
 
 @gluon.jit(
@@ -317,7 +313,7 @@ def attn_mla_kernel(
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
-    _barrier()
+    barrier()
 
     gl.warp_specialize(
         [

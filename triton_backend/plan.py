@@ -69,6 +69,10 @@ def kernel_config(
     kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None = None, plain: bool = False
 ) -> KernelConfig:
     """The config entry one kernel of this problem takes on this arch; plain: see :class:`Facts`."""
+    if plain:
+        shipped = config.lookup(arch.name, kernel, facts_of(problem, plain), source)
+        if shipped.implementation != "triton":
+            return shipped  # tuned entries are of the Triton kernels
     # Kernels over a K/V cache are not tuned.
     folder = source.tuned if source and not problem.cached else None
     found = tuned.find(folder, tune_key(kernel, problem, arch)) if folder else None
@@ -123,7 +127,10 @@ class Plan:
 
 
 #: What the Gluon kernels are written for, by kernel.
-_GLUON_OPTIONS = {"mla": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}}
+_GLUON_OPTIONS = {
+    "forward": {"BLOCK_M": 128, "num_warps": 4},
+    "mla": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},
+}
 
 
 def _check_implementation(kernel: str, entry: KernelConfig) -> None:
@@ -169,6 +176,7 @@ def plan(
         "ALIBI": problem.alibi,
         "SINKS": problem.sinks,
         "DROPOUT": problem.dropout_p > 0.0,
+        "STAGES": entry.num_stages,
         # What changes from tile to tile in a mask: its bounds, or (NVIDIA, whose compiler would keep a register
         # for every column of a tile) the columns.
         "MOVE_BOUNDS": arch.vendor != "nvidia",
@@ -259,7 +267,6 @@ def cache_plan(
         "INTERLEAVED": problem.rotary_interleaved,
         "CHUNK": problem.attention_chunk > 0,
         "V_IS_K2": v_is_k2,
-        "STAGES": base.config.num_stages,
     }
     rows = problem.seqlen_q * problem.group_size
     return dataclasses.replace(base, constants=constants, blocks=-(-rows // base.config.BLOCK_M))
