@@ -19,8 +19,9 @@ from .plan import MAX_TILE_D, Plan, block_d, cache_plan
 ATTEND = Launcher(attn_cache_kernel)
 COMBINE = Launcher(attn_combine_kernel)
 APPEND = Launcher(kv_append_kernel)
-#: Workgroups of the attention kernel that a compute unit runs at a time.
-_PER_CU = 2
+#: Workgroups of the attention kernel that a multiprocessor of NVIDIA's runs at a time, and waves that an AMD compute
+#: unit does: two for each SIMD of CDNA.
+_PER_CU, _WAVES_PER_CU = 2, 8
 #: Parts of a sequence that the combine kernel weighs at a time.
 _BLOCK_S = 16
 _ERRORS = (
@@ -73,10 +74,10 @@ def splits_of(problem: AttentionProblem, device: torch.device) -> int:
     """Into how many parts keys are divided; see :class:`flash_rocm.backends.Backend`."""
     arch = virtual_device.arch_of(device)
     current = cache_plan(problem, arch, runtime.config_source())
-    return _splits(problem, current.config, current.blocks, arch)
+    return choose_num_splits(problem, current.config, current.blocks, arch)
 
 
-def _splits(problem: AttentionProblem, config: KernelConfig, blocks: int, arch: Arch) -> int:
+def choose_num_splits(problem: AttentionProblem, config: KernelConfig, blocks: int, arch: Arch) -> int:
     """The caller's number of splits, or the one that occupies the chip."""
     if problem.num_splits:
         return problem.num_splits
@@ -87,7 +88,8 @@ def _splits(problem: AttentionProblem, config: KernelConfig, blocks: int, arch: 
     if problem.attention_chunk:
         longest = min(longest, 2 * problem.attention_chunk)
     tiles = -(-longest // config.BLOCK_N)
-    return choose_splits(problem.batch * problem.nheads_k * blocks, tiles, _PER_CU * arch.num_cus)
+    per_cu = max(_WAVES_PER_CU // config.num_warps, 1) if arch.vendor == "amd" else _PER_CU
+    return choose_splits(problem.batch * problem.nheads_k * blocks, tiles, per_cu * arch.num_cus)
 
 
 def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +99,7 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
     q_1, k_1, q_2, k_2 = _second_part(problem, inputs)
     v_is_k2 = k_2 is v or (q_2 is not q and _is_same(k_2, v))
     current = cache_plan(problem, arch, configs, v_is_k2)
-    num_splits = _splits(problem, current.config, current.blocks, arch)
+    num_splits = choose_num_splits(problem, current.config, current.blocks, arch)
     may_skip_rows = problem.varlen or inputs.seqused_q is not None
     out = _result(q, (*q.shape[:-1], problem.headdim_v), 0.0, may_skip_rows, q.dtype)
     lse = _result(q, lse_shape(q), float("-inf"), may_skip_rows, torch.float32)

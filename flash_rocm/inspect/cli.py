@@ -13,7 +13,17 @@ from flash_rocm.config_schema import KERNELS, ConfigError
 from .batch import inspect_cases
 from .counts import InspectError
 from .judge import CHECKS, differences, violations
-from .kernels import AMD_ARCHS, DTYPES, HEADDIMS, MASKS, NVIDIA_ARCHS, SHIPPED_KERNELS, check_case
+from .kernels import (
+    AMD_ARCHS,
+    CACHE_KERNELS,
+    DTYPES,
+    HEADDIMS,
+    MASKS,
+    NVIDIA_ARCHS,
+    SHIPPED_CACHED,
+    SHIPPED_KERNELS,
+    check_case,
+)
 from .objects import inspect_object
 from .report import Case, Report
 from .tables import as_json, as_table, read_json
@@ -45,8 +55,8 @@ def jobs(text: str) -> int:
     return int(text)
 
 
-def add_case_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that say which kernels; every list takes commas."""
+def add_case_arguments(parser: argparse.ArgumentParser, kernels: tuple[str, ...] = SHIPPED_KERNELS) -> None:
+    """Arguments that say which kernels, by default ``kernels``; every list takes commas."""
     add = parser.add_argument
     add(
         "--arch",
@@ -59,7 +69,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernel",
         type=names,
         metavar="KERNEL",
-        help=f"of {', '.join(KERNELS)}; default: {', '.join(SHIPPED_KERNELS)}",
+        help=f"of {', '.join(KERNELS)}; default: {', '.join(kernels)}",
     )
     add("--dtype", type=names, default=list(DTYPES), metavar="DTYPE", help=f"of {', '.join(DTYPES)}; default: all")
     add("--headdim", type=numbers, metavar="D", help=f"default: {', '.join(map(str, HEADDIMS))}")
@@ -133,8 +143,8 @@ def _write(text: str, output: pathlib.Path | None) -> None:
         raise InspectError(f"--output: expected a file to write to, {error}") from error
 
 
-def cases_of(args: argparse.Namespace) -> list[Case]:
-    """The kernels that :func:`add_case_arguments` name.
+def cases_of(args: argparse.Namespace, kernels: tuple[str, ...] = SHIPPED_KERNELS) -> list[Case]:
+    """The kernels that :func:`add_case_arguments` name; of those over a cache, if not by name, the shipped ones.
 
     Raises:
         InspectError: a name is none.
@@ -142,10 +152,11 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     cases = [
         Case(arch, kernel, dtype, headdim, mask)
         for arch in args.arch
-        for kernel in args.kernel or SHIPPED_KERNELS
+        for kernel in args.kernel or kernels
         for dtype in args.dtype
         for headdim in args.headdim or HEADDIMS
         for mask in args.mask
+        if args.kernel or kernel not in CACHE_KERNELS or (headdim, mask) in SHIPPED_CACHED
     ]
     cases = list(dict.fromkeys(cases))
     for case in cases:

@@ -37,9 +37,18 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HEADDIMS = (32, 64, 96, 128, 192, 256, 512)
 MASKS = ("full", "causal")
 #: Kernels that a training step launches; "probs" is there for tests of dropout only.
-SHIPPED_KERNELS = ("forward", "backward_dq", "backward_dkdv")
+TRAINING_KERNELS = ("forward", "backward_dq", "backward_dkdv")
+#: The attention kernel over a K/V cache, by the names of its configs.
+CACHE_KERNELS = ("decode", "prefill")
+SHIPPED_KERNELS = TRAINING_KERNELS + CACHE_KERNELS
+#: Of the kernels over a cache, these are inspected unless others are asked for by name, for the sake of time.
+SHIPPED_CACHED = [(headdim, "causal") for headdim in (64, 128, 256)]
 #: Length of the problems, for entries that match on it.
 SEQLEN = 4096
+#: Query positions of a prefill, a chunk of a longer prompt.
+CHUNK = 1024
+#: Head dim of the keys of an absorbed MLA decode, whose first 512 dims are the values.
+MLA_HEADDIM, MLA_HEADDIM_V = 576, 512
 
 
 def inspect_problem(
@@ -54,9 +63,9 @@ def inspect_problem(
 
     Args:
         arch_name: "gfx942", "sm90", ...
-        kernel: "forward", "backward_dq", "backward_dkdv" or "probs".
+        kernel: "forward", "backward_dq", "backward_dkdv", "probs", "decode" or "prefill".
         dtype: "fp16", "bf16" or "fp32".
-        mask: "full" or "causal".
+        mask: "full" or "causal"; see :func:`problem_of` for what they stand for over a cache.
         overrides: options that replace those of the config entry.
 
     Raises:
@@ -80,6 +89,8 @@ def check_case(case: Case) -> None:
         if value not in allowed:
             raise InspectError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
     limit = backends.TRITON.max_headdim
+    if case.kernel in CACHE_KERNELS and case.headdim == MLA_HEADDIM:
+        limit = MLA_HEADDIM
     if not 1 <= case.headdim <= limit:
         raise InspectError(f"headdim: expected 1 to {limit}, got {case.headdim}")
     try:
@@ -102,6 +113,8 @@ def source_with(kernel: str, overrides: Mapping[str, int] | None) -> ConfigSourc
 
 def problem_of(case: Case) -> AttentionProblem:
     """The call whose kernels a case names."""
+    if case.kernel in CACHE_KERNELS:
+        return _cache_problem_of(case)
     return AttentionProblem(
         dtype=DTYPES[case.dtype],
         device_type="cuda",
@@ -115,6 +128,31 @@ def problem_of(case: Case) -> AttentionProblem:
         softmax_scale=default_softmax_scale(case.headdim),
         window_right=0 if case.mask == "causal" else -1,
         needs_grad=case.kernel.startswith("backward"),
+    )
+
+
+def _cache_problem_of(case: Case) -> AttentionProblem:
+    """A call over a K/V cache: 32 query heads on 8 key heads, one position or a chunk of them, no rotary embedding.
+
+    Mask "causal": pages of 16 keys and a causal mask, as servers call it; "full": a dense cache and no mask.
+    Head dim 576 is MLA on its one key head: 16 query heads to decode, and 128 of them take the config of a prefill.
+    """
+    is_mla, decode = case.headdim == MLA_HEADDIM, case.kernel == "decode"
+    causal = case.mask == "causal"
+    return AttentionProblem(
+        dtype=DTYPES[case.dtype],
+        device_type="cuda",
+        batch=2,
+        seqlen_q=1 if decode or is_mla else CHUNK,
+        seqlen_k=SEQLEN,
+        nheads=(16 if decode else 128) if is_mla else 32,
+        nheads_k=1 if is_mla else 8,
+        headdim=case.headdim,
+        headdim_v=MLA_HEADDIM_V if is_mla else case.headdim,
+        softmax_scale=default_softmax_scale(case.headdim),
+        window_right=0 if causal else -1,
+        cached=True,
+        page_size=16 if causal else 0,
     )
 
 
@@ -139,7 +177,8 @@ def compiled_report(case: Case, source: ConfigSource | None) -> Report:
     if arch.vendor == "nvidia":
         report = Report(case, ptxas_resources(text, lds_bytes), **facts)  # type: ignore[arg-type]
     else:
-        per_score = (10 if case.kernel.startswith("backward") else 4) * case.headdim
+        dims = problem.headdim + problem.headdim_v
+        per_score = 5 * dims if case.kernel.startswith("backward") else 2 * dims
         chunks = max(planner.block_d(case.headdim) // entry.BLOCK_K, 1) if entry.BLOCK_K else 1
         scores = entry.BLOCK_M * entry.BLOCK_N / entry.num_warps
         try:
