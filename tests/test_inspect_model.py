@@ -79,6 +79,24 @@ def test_shipped_kernels(arch: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "uncalibrated" in text and f"{both:.0f} TFLOP/s, both kernels together" in text
 
 
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_a_decode_is_as_fast_as_memory(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense and in pages; with two stages bank conflicts of LDS, which the model counts, take longer than memory."""
+    monkeypatch.setattr(model, "DECODE_KEYS", 512)
+    case = Case("gfx942", "decode", "bf16", 128, mask)
+    found = model.predict_cases([case])[case]
+    assert found.binding == "memory" and found.bandwidth_share == 1.0
+    cache_bytes = 2 * 512 * 8 * 128 * 2
+    per_cycle = 5300 / 2.1 / 304
+    assert cache_bytes / per_cycle < found.cycles["memory"] < 2 * cache_bytes / per_cycle
+    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"decode": {"num_stages": 2}}')
+    slower = model.predict_cases([case])[case]
+    assert slower.binding == "lds" and slower.bandwidth_share < 0.95
+    assert f"{slower.bandwidth_share:.0%}" in model.as_table({case: slower})
+    with pytest.raises(ValueError, match="headdim: the speed model expects no MLA, got 576"):
+        model.predict_cases([Case("gfx942", "decode", "bf16", 576, mask)])
+
+
 def test_command_refuses_what_it_cannot_model(capsys: pytest.CaptureFixture[str]) -> None:
     base = ["inspect", "--arch", "gfx942", "--dtype", "bf16", "--headdim", "64", "--mask", "full", "--model"]
     assert cli.main([*base, "--format", "json", "--kernel", "forward"]) == 2

@@ -6,6 +6,7 @@ This says "compiled", not "executed": nothing here runs the code.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,24 @@ PROBLEMS = {
 }
 
 
+#: Over a K/V cache, and the kernel that they take.
+CACHED = {
+    "bf16-d64-paged": ("decode", dict(headdim=64, page_size=16)),
+    "bf16-d128-paged": ("decode", dict(headdim=128, page_size=16)),
+    "bf16-d128-dense": ("decode", dict(headdim=128)),
+    "bf16-d128-page1": ("decode", dict(headdim=128, page_size=1)),
+    "bf16-d128-paged-causal": ("prefill", dict(headdim=128, page_size=16, seqlen_q=512, window_right=0)),
+    "bf16-d96-rotary": ("prefill", dict(headdim=96, page_size=64, seqlen_q=512, window_right=0, rotary_dim=64)),
+    "fp32-d128-paged": ("decode", dict(dtype=torch.float32, headdim=128, page_size=16)),
+}
+MLA = ("decode", dict(headdim=576, headdim_v=512, nheads=16, nheads_k=1, page_size=16))
+
+
+def _cached_problem(fields: dict[str, Any]) -> AttentionProblem:
+    shape = {"batch": 2, "seqlen_q": 1, "seqlen_k": 4096, "nheads": 32, "nheads_k": 8, "device_type": "cuda"}
+    return make_problem(**{"dtype": torch.bfloat16, "cached": True, **shape, **fields})
+
+
 def _problem(name: str) -> AttentionProblem:
     fields = {"batch": 2, "seqlen_q": 1024, "seqlen_k": 1024, "nheads": 8, "device_type": "cuda", "needs_grad": True}
     return make_problem(**{**fields, **PROBLEMS[name]})
@@ -83,6 +102,46 @@ def test_compiles_for_amd(arch: Arch, name: str) -> None:
         assert len(compiled.asm["hsaco"]) > 0
         if name in UNSPILLED and kernel != "probs":
             assert _number("vgpr_spill_count", assembly) == 0, kernel
+
+
+@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("arch", AMD, ids=lambda arch: arch.name)
+def test_the_kernels_over_a_cache_compile_for_amd(arch: Arch, name: str) -> None:
+    from flash_rocm._triton.offline import compile_kernel
+
+    kernel, fields = CACHED[name]
+    problem = _cached_problem(fields)
+    compiled = compile_kernel(kernel, problem, arch)
+    assembly = compiled.asm["amdgcn"]
+    assert compiled.metadata.shared <= LDS[arch.name]
+    # Keys are read 16 bytes at a time.
+    assert re.search(r"(global|buffer)_load_(lds_)?(dwordx4|b128)", assembly)
+    if name not in ("bf16-d96-rotary", "bf16-d128-page1"):  # which configs were not chosen for
+        assert _number("vgpr_spill_count", assembly) == 0
+
+
+@pytest.mark.parametrize("arch", [*AMD[:3], *NVIDIA], ids=lambda arch: arch.name)
+def test_mla_compiles(arch: Arch) -> None:
+    from flash_rocm._triton.offline import compile_kernel
+
+    kernel, fields = MLA
+    compiled = compile_kernel(kernel, _cached_problem(fields), arch)
+    if arch.vendor == "amd":
+        assert compiled.metadata.shared <= LDS[arch.name]
+        assert _number("vgpr_spill_count", compiled.asm["amdgcn"]) == 0
+    else:
+        assert "mma" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("name", ["bf16-d128-paged", "bf16-d128-paged-causal", "fp32-d128-paged"])
+@pytest.mark.parametrize("arch", NVIDIA, ids=lambda arch: arch.name)
+def test_the_kernels_over_a_cache_compile_for_nvidia(arch: Arch, name: str) -> None:
+    from flash_rocm._triton.offline import compile_kernel
+
+    kernel, fields = CACHED[name]
+    ptx = compile_kernel(kernel, _cached_problem(fields), arch).asm["ptx"]
+    assert "fp32" in name or "mma" in ptx
+    assert ".v4.b32" in ptx or "cp.async.cg" in ptx  # 16 bytes at a time
 
 
 @pytest.mark.parametrize("name", ["bf16-d64-causal", "bf16-d128-full", "fp32-d128-causal", "bf16-d96-everything"])

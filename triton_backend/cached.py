@@ -62,10 +62,10 @@ def splits_of(problem: AttentionProblem, device: torch.device) -> int:
     # A head that is larger than a tile is absorbed MLA in one tensor, of which v is a part.
     v_is_k2 = problem.qv or (problem.headdim > MAX_TILE_D and problem.headdim_v == MAX_TILE_D)
     current = cache_plan(problem, arch, runtime.config_source(), v_is_k2)
-    return _splits(problem, current, arch)
+    return num_splits_of(problem, current, arch)
 
 
-def _splits(problem: AttentionProblem, current: Plan, arch: Arch) -> int:
+def num_splits_of(problem: AttentionProblem, current: Plan, arch: Arch) -> int:
     """The caller's number of splits, or the one that occupies the chip."""
     if problem.num_splits:
         return problem.num_splits
@@ -88,7 +88,7 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
     q_1, k_1, q_2, k_2 = _second_part(problem, inputs)
     v_is_k2 = k_2 is v or (q_2 is not q and _is_same(k_2, v))
     current = cache_plan(problem, arch, configs, v_is_k2)
-    num_splits = _splits(problem, current, arch)
+    num_splits = num_splits_of(problem, current, arch)
     may_skip_rows = problem.varlen or inputs.seqused_q is not None
     out = _result(q, (*q.shape[:-1], problem.headdim_v), 0.0, may_skip_rows, q.dtype)
     lse = _result(q, lse_shape(q), float("-inf"), may_skip_rows, torch.float32)

@@ -13,7 +13,18 @@ from flash_rocm.config_schema import ConfigError
 from .batch import inspect_cases
 from .counts import InspectError
 from .judge import CHECKS, differences, violations
-from .kernels import AMD_ARCHS, DTYPES, HEADDIMS, KERNELS, MASKS, NVIDIA_ARCHS, SHIPPED_KERNELS, check_case
+from .kernels import (
+    AMD_ARCHS,
+    DTYPES,
+    HEADDIMS,
+    KERNELS,
+    MASKS,
+    NVIDIA_ARCHS,
+    SHIPPED_KERNELS,
+    check_case,
+    headdims_of,
+    is_shipped,
+)
 from .objects import inspect_object
 from .report import Case, Report
 from .tables import as_json, as_table, read_json
@@ -45,8 +56,8 @@ def jobs(text: str) -> int:
     return int(text)
 
 
-def add_case_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that say which kernels; every list takes commas."""
+def add_case_arguments(parser: argparse.ArgumentParser, kernels: tuple[str, ...] = SHIPPED_KERNELS) -> None:
+    """Arguments that say which kernels, by default ``kernels``; every list takes commas."""
     add = parser.add_argument
     add(
         "--arch",
@@ -59,10 +70,10 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernel",
         type=names,
         metavar="KERNEL",
-        help=f"of {', '.join(KERNELS)}; default: {', '.join(SHIPPED_KERNELS)}",
+        help=f"of {', '.join(KERNELS)}; default: {', '.join(kernels)}, of those over a K/V cache a part",
     )
     add("--dtype", type=names, default=list(DTYPES), metavar="DTYPE", help=f"of {', '.join(DTYPES)}; default: all")
-    add("--headdim", type=numbers, metavar="D", help=f"default: {', '.join(map(str, HEADDIMS))}")
+    add("--headdim", type=numbers, metavar="D", help=f"default: {', '.join(map(str, HEADDIMS))}; of mla 576")
     add("--mask", type=names, default=list(MASKS), metavar="MASK", help=f"of {', '.join(MASKS)}; default: both")
     add("--jobs", type=jobs, default=os.cpu_count() or 1, help="compiler processes; default: %(default)s")
 
@@ -133,8 +144,8 @@ def _write(text: str, output: pathlib.Path | None) -> None:
         raise InspectError(f"--output: expected a file to write to, {error}") from error
 
 
-def cases_of(args: argparse.Namespace) -> list[Case]:
-    """The kernels that :func:`add_case_arguments` name.
+def cases_of(args: argparse.Namespace, kernels: tuple[str, ...] = SHIPPED_KERNELS) -> list[Case]:
+    """The kernels that :func:`add_case_arguments` name; of those over a cache, if not by name, the shipped ones.
 
     Raises:
         InspectError: a name is none.
@@ -142,12 +153,12 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     cases = [
         Case(arch, kernel, dtype, headdim, mask)
         for arch in args.arch
-        for kernel in args.kernel or SHIPPED_KERNELS
+        for kernel in args.kernel or kernels
         for dtype in args.dtype
-        for headdim in args.headdim or HEADDIMS
+        for headdim in args.headdim or headdims_of(kernel)
         for mask in args.mask
     ]
-    cases = list(dict.fromkeys(cases))
+    cases = [case for case in dict.fromkeys(cases) if args.kernel or is_shipped(case)]
     for case in cases:
         check_case(case)
     return cases
