@@ -64,12 +64,24 @@ def jit_key(kernel: str, call: launch.Call, arch: Arch) -> str:
     return f"{specialisation}{options}"
 
 
-def disk_key(kernel: str, call: launch.Call, arch: Arch) -> str:
-    """Folder of the disk cache in which a launch looks for its compiled kernel."""
+def _code(kernel: str, call: launch.Call, arch: Arch) -> tuple[ASTSource, dict[str, Any]]:
+    """What a launch would compile, and the options."""
     function, backend = LAUNCHERS[kernel].kernel, make_backend(offline.target_of(arch))
     bound, specialisation, options = specialised(kernel, call, arch)
     parsed, signature, constexprs, attrs = function._pack_args(backend, options, bound, specialisation, options)
-    return offline.cache_key(ASTSource(function, signature, constexprs, attrs), arch, parsed.__dict__)
+    return ASTSource(function, signature, constexprs, attrs), parsed.__dict__
+
+
+def disk_key(kernel: str, call: launch.Call, arch: Arch) -> str:
+    """Folder of the disk cache in which a launch looks for its compiled kernel."""
+    code, options = _code(kernel, call, arch)
+    return offline.cache_key(code, arch, options)
+
+
+def compiled(kernel: str, call: launch.Call, arch: Arch) -> Any:
+    """The kernel that a launch would compile."""
+    code, options = _code(kernel, call, arch)
+    return triton.compile(code, target=offline.target_of(arch), options=options)
 
 
 def launch_all(problem: AttentionProblem, **inputs: Any) -> None:

@@ -112,10 +112,11 @@ CACHED: dict[str, Any] = dict(cached=True, dtype=torch.bfloat16, nheads=4, nhead
     [
         ("decode", dict(headdim=128, page_size=16), {}),
         ("decode", dict(headdim=64, num_splits=1), {}),
+        ("decode", dict(headdim=256, page_size=16, rotary_dim=128), {}),
         ("prefill", dict(headdim=64, page_size=16, seqlen_q=70, window_right=0, varlen=True), {"seqused_k": False}),
         ("prefill", dict(headdim=96, leftpad=True, alibi=True, sinks=True, rotary_dim=32, seqlen_q=70), {}),
     ],
-    ids=["decode-paged", "decode-dense-unsplit", "prefill-varlen-paged", "prefill-everything"],
+    ids=["decode-paged", "decode-dense-unsplit", "decode-d256-rotary", "prefill-varlen-paged", "prefill-everything"],
 )
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_cache_is_attended_by_what_is_compiled_offline(
@@ -141,8 +142,8 @@ def test_mla_is_compiled_offline_with_values_read_once(arch: str, record: Callab
     problem = make_problem(**CACHED | dict(nheads=16, headdim=576, headdim_v=512, page_size=16))
     inputs = make_cache_inputs(problem, CacheCall()).inputs
     cached.attend(problem, inputs._replace(v=inputs.k[..., :512]))
-    code, options = offline.source_of("decode", problem, chip)
-    assert recorded[0][1].plan.constants["V_IS_K2"]
+    code, options = offline.source_of("mla", problem, chip)
+    assert recorded[0][1].plan.kernel == "mla" and recorded[0][1].plan.constants["V_IS_K2"]
     assert offline.cache_key(code, chip, options) == disk_key("attend", recorded[0][1], chip)
 
 

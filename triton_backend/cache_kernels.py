@@ -399,8 +399,8 @@ def attn_cache_kernel(
             rows, first_col, end_col, shift, cols_total, first_position, table_ptr, entries, batch, error_ptr,
             stride_kb, stride_kn, stride_vb, stride_vn, scale, softcap_log2, slope_log2,
             row_exists, position_of_rotary, cos_ptr, sin_ptr, stride_rotary, max_position,
-            HEADDIM, HEADDIM_V, HEADDIM_2, BLOCK_D, BLOCK_DV, BLOCK_D2, BLOCK_M, BLOCK_N, BLOCK_K, ROTARY_HALF, INTERLEAVED,
-            PAGE_SIZE, WHOLE_PAGES, VEC, WIDE,
+            HEADDIM, HEADDIM_V, HEADDIM_2, BLOCK_D, BLOCK_DV, BLOCK_D2, BLOCK_M, BLOCK_N, BLOCK_K,
+            ROTARY_HALF, INTERLEAVED, PAGE_SIZE, WHOLE_PAGES, VEC, WIDE,
             True, MASK_LEFT or CHUNK, RAW_SCALE, SOFTCAP, ALIBI, TIES_UP, V_IS_K2, CHECKED,
         )  # fmt: skip
     acc, row_sum, row_max = _attend(
@@ -408,8 +408,8 @@ def attn_cache_kernel(
         rows, first_col, end_col, shift, cols_total, first_position, table_ptr, entries, batch, error_ptr,
         stride_kb, stride_kn, stride_vb, stride_vn, scale, softcap_log2, slope_log2,
         row_exists, position_of_rotary, cos_ptr, sin_ptr, stride_rotary, max_position,
-        HEADDIM, HEADDIM_V, HEADDIM_2, BLOCK_D, BLOCK_DV, BLOCK_D2, BLOCK_M, BLOCK_N, BLOCK_K, ROTARY_HALF, INTERLEAVED,
-        PAGE_SIZE, WHOLE_PAGES, VEC, WIDE,
+        HEADDIM, HEADDIM_V, HEADDIM_2, BLOCK_D, BLOCK_DV, BLOCK_D2, BLOCK_M, BLOCK_N, BLOCK_K,
+        ROTARY_HALF, INTERLEAVED, PAGE_SIZE, WHOLE_PAGES, VEC, WIDE,
         False, MASK_LEFT or CHUNK, RAW_SCALE, SOFTCAP, ALIBI, TIES_UP, V_IS_K2, CHECKED,
     )  # fmt: skip
     acc, row_sum, row_max = _attend(
@@ -417,8 +417,8 @@ def attn_cache_kernel(
         rows, first_col, end_col, shift, cols_total, first_position, table_ptr, entries, batch, error_ptr,
         stride_kb, stride_kn, stride_vb, stride_vn, scale, softcap_log2, slope_log2,
         row_exists, position_of_rotary, cos_ptr, sin_ptr, stride_rotary, max_position,
-        HEADDIM, HEADDIM_V, HEADDIM_2, BLOCK_D, BLOCK_DV, BLOCK_D2, BLOCK_M, BLOCK_N, BLOCK_K, ROTARY_HALF, INTERLEAVED,
-        PAGE_SIZE, WHOLE_PAGES, VEC, WIDE,
+        HEADDIM, HEADDIM_V, HEADDIM_2, BLOCK_D, BLOCK_DV, BLOCK_D2, BLOCK_M, BLOCK_N, BLOCK_K,
+        ROTARY_HALF, INTERLEAVED, PAGE_SIZE, WHOLE_PAGES, VEC, WIDE,
         True, MASK_LEFT or CHUNK, RAW_SCALE, SOFTCAP, ALIBI, TIES_UP, V_IS_K2, CHECKED,
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 
 from flash_rocm import runtime, virtual_device
 from flash_rocm.config_schema import ConfigError
@@ -35,10 +36,9 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def archs(text: str) -> list[str]:
-    """Names of chips, groups of them written out."""
-    groups = {"all": AMD_ARCHS + NVIDIA_ARCHS, "amd": AMD_ARCHS}
-    return [arch for name in names(text) for arch in groups.get(name, (name,))]
+def names_and_groups(groups: dict[str, tuple[str, ...]]) -> Callable[[str], list[str]]:
+    """Names with commas between, groups of them written out."""
+    return lambda text: [member for name in names(text) for member in groups.get(name, (name,))]
 
 
 def numbers(text: str) -> list[int]:
@@ -61,16 +61,17 @@ def add_case_arguments(parser: argparse.ArgumentParser, kernels: tuple[str, ...]
     add = parser.add_argument
     add(
         "--arch",
-        type=archs,
+        type=names_and_groups({"all": AMD_ARCHS + NVIDIA_ARCHS, "amd": AMD_ARCHS}),
         required=True,
         metavar="ARCH",
         help=f"gfx942 and the like, amd ({', '.join(AMD_ARCHS)}) or all",
     )
     add(
         "--kernel",
-        type=names,
+        type=names_and_groups({"all": kernels}),
         metavar="KERNEL",
-        help=f"of {', '.join(KERNELS)}; default: {', '.join(kernels)}, of those over a K/V cache a part",
+        help=f"of {', '.join(KERNELS)}, or all ({', '.join(kernels)}); default: all, but of those over a K/V cache "
+        "a part of their head dims and masks",
     )
     add("--dtype", type=names, default=list(DTYPES), metavar="DTYPE", help=f"of {', '.join(DTYPES)}; default: all")
     add("--headdim", type=numbers, metavar="D", help=f"default: {', '.join(map(str, HEADDIMS))}; of mla 576")
@@ -145,7 +146,7 @@ def _write(text: str, output: pathlib.Path | None) -> None:
 
 
 def cases_of(args: argparse.Namespace, kernels: tuple[str, ...] = SHIPPED_KERNELS) -> list[Case]:
-    """The kernels that :func:`add_case_arguments` name; of those over a cache, if not by name, the shipped ones.
+    """The kernels that :func:`add_case_arguments` name; of kernels that are not named, what :func:`is_shipped`.
 
     Raises:
         InspectError: a name is none.

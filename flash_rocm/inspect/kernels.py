@@ -44,7 +44,7 @@ SHIPPED_KERNELS = TRAINING_KERNELS + CACHE_KERNELS
 KERNELS = (*SHIPPED_KERNELS, "probs")
 #: Head dim of the keys of absorbed MLA, whose first 512 dims are the values.
 MLA_HEADDIM, MLA_HEADDIM_V = 576, 512
-#: Of the kernels over a cache, the head dims that are inspected unless they are named, for the sake of time; causal only.
+#: Head dims of the kernels over a cache that are inspected, causal only, unless kernels are named: the rest takes time.
 SHIPPED_CACHED = {"decode": (64, 128, 256), "prefill": (64, 128, 256), "mla": (MLA_HEADDIM,)}
 #: Length of the problems, for entries that match on it.
 SEQLEN = 4096
@@ -110,9 +110,7 @@ def headdims_of(kernel: str) -> tuple[int, ...]:
 
 def is_shipped(case: Case) -> bool:
     """Whether a case is inspected where its kernel is not named: of the kernels over a cache, not all are."""
-    return case.kernel not in CACHE_KERNELS or (
-        case.mask == "causal" and case.headdim in SHIPPED_CACHED[case.kernel]
-    )
+    return case.kernel not in CACHE_KERNELS or (case.mask == "causal" and case.headdim in SHIPPED_CACHED[case.kernel])
 
 
 def source_with(kernel: str, overrides: Mapping[str, int] | None) -> ConfigSource | None:

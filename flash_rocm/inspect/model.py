@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,13 +31,28 @@ from flash_rocm import runtime
 from flash_rocm.amdgpu.chips import CHIPS, PRODUCTS
 
 from .counts import InspectError, Mix, count, flop_rate, is_cdna
-from .kernels import DTYPES, MLA_HEADDIM
+from .kernels import CACHE_KERNELS, DTYPES, MLA_HEADDIM, MLA_HEADDIM_V
 from .report import Case
 
 #: Tokens of the launch that is executed, of one head: enough that masked blocks are few.
 SEQLEN = 2048
-#: Keys, query heads and key heads of the one sequence of a decode, and keys of a page.
-DECODE_KEYS, DECODE_HEADS, DECODE_HEADS_K, PAGE_SIZE = 4096, 32, 8, 16
+
+
+class CachedCall(NamedTuple):
+    """The one sequence of a launch over a K/V cache that is executed."""
+
+    keys: int
+    rows: int  # query positions
+    nheads: int
+    nheads_k: int
+
+
+CACHED = {
+    "decode": CachedCall(4096, 1, 32, 8),
+    "prefill": CachedCall(2048, 256, 4, 1),
+    "mla": CachedCall(1024, 1, 128, 1),
+}
+PAGE_SIZE = 16
 _L1_BYTES = 64
 #: Cycles of the 32 banks that the launch counts, for one of the chip's: gfx950 has 64.
 _LDS_CYCLES = {"gfx950": 2}
@@ -45,10 +60,9 @@ _KERNELS = {
     "attn_fwd_kernel": "forward",
     "attn_bwd_dq_kernel": "backward_dq",
     "attn_bwd_dkdv_kernel": "backward_dkdv",
-    "attn_cache_kernel": "decode",
 }
 #: Multiplications of a score by a row that a kernel has to do, and those of a backward call; 2 * headdim flop each.
-_PRODUCTS_OF = {"forward": 2, "backward_dq": 3, "backward_dkdv": 4, "decode": 2}
+_PRODUCTS_OF = {"forward": 2, "backward_dq": 3, "backward_dkdv": 4, "decode": 2, "prefill": 2, "mla": 2}
 _PRODUCTS_OF_BACKWARD = 5
 
 
@@ -141,7 +155,8 @@ def visible_scores(seqlen: int, left: int, right: int) -> int:
 
 def flop_of(kernel: str, headdim: int, scores: int) -> float:
     """What a kernel has to do for as many scores."""
-    return 2.0 * headdim * _PRODUCTS_OF[kernel] * scores
+    dims = (MLA_HEADDIM + MLA_HEADDIM_V) / 2 if kernel == "mla" else headdim
+    return 2.0 * dims * _PRODUCTS_OF[kernel] * scores
 
 
 def predict_cases(cases: Sequence[Case]) -> dict[Case, Prediction]:
@@ -161,49 +176,54 @@ def predict_cases(cases: Sequence[Case]) -> dict[Case, Prediction]:
 
 
 def _predicted(case: Case) -> dict[Case, Prediction]:
-    """The kernels of a call: forward, the two of a backward, or decode, whichever ``case`` is of."""
+    """The kernels of a call: forward, the two of a backward, or the one over a cache, whichever ``case`` is of."""
     # Without the checks it runs twice as fast, and the tests are where they belong.
     from flash_rocm.virtual import Checks
 
-    scores, dtype = visible_scores(SEQLEN, -1, 0 if case.mask == "causal" else -1), DTYPES[case.dtype]
-    if case.kernel == "decode":
-        scores = DECODE_KEYS * DECODE_HEADS
+    dtype, causal, cached = DTYPES[case.dtype], case.mask == "causal", case.kernel in CACHE_KERNELS
+    scores = cached_scores(CACHED[case.kernel], causal) if cached else visible_scores(SEQLEN, -1, 0 if causal else -1)
     found: dict[Case, Prediction] = {}
 
     def run(launch: Any) -> None:
-        kernel = _KERNELS.get(launch.code.name)
-        if kernel is None:  # the combination of a decode's parts
+        kernel = case.kernel if launch.code.name == "attn_cache_kernel" else _KERNELS.get(launch.code.name)
+        if kernel is None:  # the combination of parts
             launch.run(checks=Checks.none())
             return
         stats = launch.run(measure=True, checks=Checks.none())
         flop = flop_of(kernel, case.headdim, scores)
         found[dataclasses.replace(case, kernel=kernel)] = predict(launch, stats, flop, dtype.itemsize)
 
-    if case.kernel == "decode":
+    if cached:
         with flash_rocm.use_backend("triton"), flash_rocm.virtual_gpu(case.arch, on_launch=run):
-            _decode(case, dtype)
+            _attend_to_cache(case, dtype)
         return found
     generator = torch.Generator().manual_seed(0)
     shape, backward = (1, SEQLEN, 1, case.headdim), case.kernel.startswith("backward")
     q, k, v = (torch.randn(shape, generator=generator).to(dtype).requires_grad_(backward) for _ in range(3))
     with flash_rocm.use_backend("triton"), flash_rocm.virtual_gpu(case.arch, on_launch=run):
-        out = flash_rocm.flash_attn_func(q, k, v, causal=case.mask == "causal")
+        out = flash_rocm.flash_attn_func(q, k, v, causal=causal)
         if backward:
             torch.autograd.backward(out, torch.ones_like(q))
     return found
 
 
-def _decode(case: Case, dtype: torch.dtype) -> None:
-    """One token of one sequence over a full cache; mask "causal": in pages, as :func:`kernels.problem_of` has it."""
-    if case.headdim == MLA_HEADDIM:
-        raise InspectError(f"headdim: the speed model expects no MLA, got {MLA_HEADDIM}")
-    generator, paged = torch.Generator().manual_seed(0), case.mask == "causal"
-    pages = DECODE_KEYS // PAGE_SIZE
-    cache = (pages, PAGE_SIZE) if paged else (1, DECODE_KEYS)
-    q = torch.randn((1, 1, DECODE_HEADS, case.headdim), generator=generator).to(dtype)
-    k, v = (torch.randn((*cache, DECODE_HEADS_K, case.headdim), generator=generator).to(dtype) for _ in range(2))
+def cached_scores(call: CachedCall, causal: bool) -> int:
+    """Elements of the score matrices of a call over a cache whose last keys are those of its rows."""
+    hidden = call.rows * (call.rows - 1) // 2 if causal else 0
+    return call.nheads * (call.rows * call.keys - hidden)
+
+
+def _attend_to_cache(case: Case, dtype: torch.dtype) -> None:
+    """A call over a full cache; mask "causal": in pages, as :func:`kernels.problem_of` has it."""
+    call, generator, paged = CACHED[case.kernel], torch.Generator().manual_seed(0), case.mask == "causal"
+    pages = call.keys // PAGE_SIZE
+    cache = (pages, PAGE_SIZE) if paged else (1, call.keys)
+    q = torch.randn((1, call.rows, call.nheads, case.headdim), generator=generator).to(dtype)
+    k, v = (torch.randn((*cache, call.nheads_k, case.headdim), generator=generator).to(dtype) for _ in range(2))
+    if case.kernel == "mla":
+        v = k[..., :MLA_HEADDIM_V]
     table = torch.randperm(pages, generator=generator).int()[None] if paged else None
-    flash_rocm.flash_attn_with_kvcache(q, k, v, cache_seqlens=DECODE_KEYS, block_table=table, causal=paged)
+    flash_rocm.flash_attn_with_kvcache(q, k, v, cache_seqlens=call.keys, block_table=table, causal=paged)
 
 
 def backward_tflops(predictions: dict[Case, Prediction]) -> dict[Case, float]:
@@ -245,6 +265,7 @@ def as_table(predictions: dict[Case, Prediction]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for case, tflops in backward_tflops(predictions).items():
         lines.append(f"  {case}: {tflops:.0f} TFLOP/s, both kernels together")
-    launches = f"{SEQLEN} tokens (decode: {DECODE_KEYS} keys)"
+    keys = ", ".join(f"{kernel} {call.keys}" for kernel, call in CACHED.items())
+    launches = f"{SEQLEN} tokens (keys: {keys})"
     title = f"modelled from a launch of {launches} executed on the virtual GPU; uncalibrated, an upper bound"
     return "\n".join([title, *lines])
