@@ -69,3 +69,22 @@ def test_products_by_chunks_of_the_head_dim(target: str, name: str, monkeypatch:
     problem = make_problem(cached=True, **shape | fields)
     cache_matrix.run(cache_matrix.Case("triton", target, problem, CacheCall(), 1, ()))
     assert used == [block_k]
+
+
+LARGE: dict[str, dict[str, Any]] = {
+    "decode-d256": dict(dtype=torch.bfloat16, headdim=256, page_size=16, nheads=4),
+    "decode-d512": dict(dtype=torch.float32, headdim=512, page_size=16),
+    "prefill-d256": dict(dtype=torch.float16, headdim=256, seqlen_q=20, window_right=0),
+    "mla": dict(dtype=torch.bfloat16, headdim=64, headdim_v=512, qv=True, page_size=16, nheads=18),
+}
+
+
+@pytest.mark.virtual
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("arch", ("gfx942", "gfx1100", "gfx1201"))
+def test_shipped_configs_of_large_heads(arch: str, name: str) -> None:
+    """The matrix has small heads."""
+    shape = dict(batch=2, seqlen_q=1, seqlen_k=45, nheads=1, nheads_k=1, softmax_scale=0.05)
+    problem = make_problem(cached=True, **shape | LARGE[name])
+    cache_matrix.run(cache_matrix.Case("triton", f"virtual:{arch}", problem, CacheCall(), 1, ()))
