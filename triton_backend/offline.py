@@ -90,7 +90,8 @@ def _cache_source(
         raise ValueError(
             f"kernel: expected {cache_kernel(problem, v_is_k2)!r} for {problem.describe()}, got {kernel!r}"
         )
-    function = ATTEND.kernel
+    # inspect does not look at the Gluon kernels: without plain facts, no entry asks for one.
+    function = ATTEND["triton"].kernel
     current = cache_plan(problem, arch, source, v_is_k2)
     in_parts = num_splits_of(problem, current, arch) > 1
     vec = math.gcd(16 // problem.dtype.itemsize, problem.headdim, problem.headdim_v)
@@ -174,10 +175,11 @@ def listing(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSo
     compiled = compile_kernel(kernel, problem, arch, source=source)
     if arch.vendor == "amd":
         return compiled.asm["amdgcn"], compiled.metadata.shared
-    return _ptxas_report(compiled.asm["ptx"], int(arch.name.removeprefix("sm"))), compiled.metadata.shared
+    return ptxas_report(compiled.asm["ptx"], int(arch.name.removeprefix("sm"))), compiled.metadata.shared
 
 
-def _ptxas_report(ptx: str, capability: int) -> str:
+def ptxas_report(ptx: str, capability: int) -> str:
+    """What ptxas says of a kernel: its registers, spills and warnings."""
     # Builds of Triton for ROCm may come without this part.
     from triton.backends.nvidia.compiler import get_ptxas
 
