@@ -105,11 +105,13 @@ _ROUTES_MAX = 4096
 
 def _route_of(problem: AttentionProblem, inputs: CacheInputs, v_is_k2: bool, plain: bool) -> _Route:
     configs = runtime.config_source()
-    layout = inputs.layout or cache_layout_of(inputs)
-    key = (problem, layout.launch, configs, v_is_k2, plain)
+    layout, device = inputs.layout or cache_layout_of(inputs), inputs.q.device
+    # The layout names the device, and a CPU may be one virtual GPU after another.
+    chip = None if device.type == "cuda" else virtual_device.arch_of(device).name
+    key = (problem, layout.launch, configs, v_is_k2, plain, chip)
     route = _routes.get(key)
     if route is None:
-        arch = virtual_device.arch_of(inputs.q.device)
+        arch = virtual_device.arch_of(device)
         current = cache_plan(problem, arch, configs, v_is_k2, plain)
         if len(_routes) >= _ROUTES_MAX:
             _routes.clear()
