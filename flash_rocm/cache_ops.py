@@ -14,7 +14,7 @@ import torch
 from flash_rocm import runtime, virtual_device
 from flash_rocm.decision import Decision, decide
 from flash_rocm.ops import is_watched
-from flash_rocm.problem import AttentionProblem, CacheInputs, accumulate_dtype, cache_layout_of, is_plain, lse_shape
+from flash_rocm.problem import AttentionProblem, CacheInputs, accumulate_dtype, is_plain, lse_shape
 
 #: Tensors of both operators, in the order of their schemas.
 _ATTEND = tuple(name for name in CacheInputs._fields if name not in ("k_new", "v_new", "layout"))
@@ -112,16 +112,12 @@ def _decide(kind: str, inputs: CacheInputs, scalars: tuple[Any, ...]) -> Decisio
     return found
 
 
-def _with_layout(inputs: CacheInputs) -> CacheInputs:
-    return inputs if inputs.layout is not None else inputs._replace(layout=cache_layout_of(inputs))
-
-
 def _attend(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _attend_to(CacheInputs(**dict(zip(_ATTEND, args, strict=False))), args[len(_ATTEND) :])
 
 
 def _attend_to(inputs: CacheInputs, scalars: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = _with_layout(inputs)
+    inputs = inputs.with_layout()
     decision = _decide("attend", inputs, scalars)
     if decision.is_empty:
         q = inputs.q
@@ -141,7 +137,7 @@ def _append(*args: Any) -> None:
 
 
 def _append_to(inputs: CacheInputs, scalars: tuple[Any, ...]) -> None:
-    inputs = _with_layout(inputs)
+    inputs = inputs.with_layout()
     decision = _decide("append", inputs, scalars)
     if not decision.is_empty:
         decision.run(decision.backend.append, inputs)

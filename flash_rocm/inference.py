@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from flash_rocm import cache_ops, cache_validation, runtime, validation, virtual_device
-from flash_rocm.problem import CacheInputs, accumulate_dtype, cache_layout_of, default_softmax_scale, is_plain
+from flash_rocm.problem import CacheInputs, accumulate_dtype, are_plain, default_softmax_scale
 from flash_rocm.splits import MAX_SPLITS
 
 #: How the arguments of :func:`flash_attn_with_kvcache` are called.
@@ -156,8 +156,8 @@ def attend_cached(
         max_seqlen_new: of varlen new tokens; default: all there are.
     """
     traced = torch.compiler.is_compiling()
-    if not traced and all(x is None or is_plain(x) for x in inputs.tensors):
-        inputs = inputs._replace(layout=cache_layout_of(inputs))
+    if not traced and are_plain(inputs.tensors):
+        inputs = inputs.with_layout()
     layout = inputs.layout
     if layout is None or not layout.is_right:
         cache_validation.check_inputs(inputs, names)

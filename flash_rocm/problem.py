@@ -121,6 +121,10 @@ class CacheInputs(NamedTuple):
         """All but the layout."""
         return self[:-1]
 
+    def with_layout(self) -> CacheInputs:
+        """These tensors, all plain or None, and their layout."""
+        return CacheInputs(*self[:-1], cache_layout_of(self)) if self.layout is None else self
+
     @property
     def capacity(self) -> int:
         """Keys that a sequence may have."""
@@ -267,6 +271,14 @@ FEATURES = frozenset(
 def is_plain(x: torch.Tensor) -> bool:
     """Not of a subclass, which may have symbolic shapes or its own idea of every operator."""
     return type(x) is torch.Tensor or type(x) is torch.nn.Parameter
+
+
+_PLAIN_OR_ABSENT = {torch.Tensor, torch.nn.Parameter, type(None)}
+
+
+def are_plain(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """:func:`is_plain` of all that there are, in the least time."""
+    return _PLAIN_OR_ABSENT.issuperset(map(type, tensors))
 
 
 def dropout_threshold(dropout_p: float) -> int:
