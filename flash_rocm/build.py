@@ -14,7 +14,7 @@ from flash_rocm.bench.progress import Progress
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.inspect import InspectError
 from flash_rocm.inspect.cli import add_case_arguments, cases_of, names
-from flash_rocm.inspect.kernels import problem_of
+from flash_rocm.inspect.kernels import CACHE_KERNELS, TRAINING_KERNELS, problem_of
 from flash_rocm.inspect.report import Case
 from flash_rocm.runtime import ConfigSource
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command; every list takes commas."""
     add = parser.add_argument
     add("--triton", action="store_true", required=True, help="the Triton kernels, so far the only ones to build")
-    add_case_arguments(parser)
+    add_case_arguments(parser, TRAINING_KERNELS)
     add("--layout", type=names, default=list(LAYOUTS), metavar="LAYOUT", help=f"of {', '.join(LAYOUTS)}; default: both")
     add(
         "--output",
@@ -45,6 +45,10 @@ def tasks_of(cases: Sequence[Case], layouts: Sequence[str], source: ConfigSource
     planner, workers = backends.load_planner(), backends.load_workers()
     lengths = [1 << bits for bits in range(18)]
     for case in cases:
+        if case.kernel in CACHE_KERNELS:
+            # Their code depends on page size, rotary dims and which tensors a call brings.
+            what = "kernels other than those over a K/V cache, which are compiled at first use"
+            raise InspectError(f"--kernel: expected {what}, got {case.kernel!r}")
         if case.headdim % 8:
             raise InspectError(f"--headdim: expected multiples of 8, which aligned loads need, got {case.headdim}")
         arch = runtime.arch_named(case.arch)
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     """Compile and say what came of it; 1 if a kernel failed, 2 for wrong arguments."""
     folder = args.output or runtime.cache_dir() / "triton"
     try:
-        tasks = list(tasks_of(cases_of(args), args.layout, runtime.config_source()))
+        tasks = list(tasks_of(cases_of(args, TRAINING_KERNELS), args.layout, runtime.config_source()))
         folder.mkdir(parents=True, exist_ok=True)
         workers = backends.load_workers()
     except (InspectError, ConfigError) as error:
