@@ -18,7 +18,7 @@ from .backward_kernels import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel
 from .common import INTERPRET
 from .compile import BUFFER_BYTES
 from .forward_kernel import attn_fwd_kernel
-from .plan import Plan, plan
+from .plan import Launchable, Plan, plan
 from .probs_kernel import attn_probs_kernel
 
 _KNOWN_MAX = 4096
@@ -34,10 +34,10 @@ Tensors = tuple[torch.Tensor | None, ...]
 class Call(NamedTuple):
     """What launching one kernel takes, the first time."""
 
-    plan: Plan
+    plan: Launchable
     programs: int  # workgroups
     tensors: Tensors
-    lse_strides: tuple[int, int]
+    lse_strides: tuple[int, ...]  # none for kernels without softmax_lse
     scalars: tuple[int | float, ...]  # behind the strides of softmax_lse; they follow from problem and strides
     constants: dict[str, Any]  # VEC, WIDE and what else does not follow from the problem
 

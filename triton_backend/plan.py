@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -77,6 +77,21 @@ def describe_configs(problem: AttentionProblem, arch: Arch) -> list[str]:
     source = runtime.config_source()
     found = ((kernel, kernel_config(kernel, problem, arch, source)) for kernel in kernels_of(problem))
     return [f"{kernel}: {entry.describe()}" for kernel, entry in found]
+
+
+class Launchable(Protocol):
+    """What a launch needs of a plan."""
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments of the kernel by name."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Options of the compiler."""
+
+    def too_large(self, what: str, limit: int, got: int) -> ConfigError:
+        """The error for a kernel that the chip has no room for."""
 
 
 @dataclasses.dataclass(frozen=True)
