@@ -198,6 +198,22 @@ def test_only_the_sum_is_differentiated(device: str) -> None:
     assert torch.equal(leaf.grad, torch.ones_like(leaf)) and not weight.grad.any()
 
 
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+def test_the_plain_versions_for_comparison(rms: bool) -> None:
+    """They agree in float64 about everything; upcast changes what half precision gives."""
+    case = {"x1": True, "weight1": True, "bias": True, "bias1": True, "residual": True, "prenorm": True}
+    tensors, options = make({**case, "dropout_p": 0.3, "zero_centered_weight": True}, torch.float64, "cpu")
+    *found, mask, mask1 = norm.layer_norm_fn(**tensors, **options, is_rms_norm=rms, return_dropout_mask=True)
+    plain = norm.rms_norm_ref if rms else norm.layer_norm_ref
+    for y, expected in zip(found, plain(**tensors, **options, dropout_mask=mask, dropout_mask1=mask1), strict=True):
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert not same(plain(**tensors, **options)[2], plain(**tensors, **options)[2])  # torch's own dropout
+    scaled, _ = make({"rowscale": True, "bias": True}, torch.float64, "cpu")
+    torch.testing.assert_close(norm.layer_norm_fn(**scaled, is_rms_norm=rms, eps=0.1), plain(**scaled, eps=0.1))
+    half, _ = make({"bias": True, "residual": True}, torch.bfloat16, "cpu")
+    assert not same(plain(**half, upcast=True), plain(**half)) and plain(**half, upcast=True).dtype == torch.bfloat16
+
+
 def test_linear_behind_it(device: str) -> None:
     x, weight, bias = random(device, 4, 16), random(device, 16), random(device, 16, seed=2)
     matrix, offset = random(device, 8, 16, seed=3), random(device, 8, seed=4)

@@ -259,6 +259,71 @@ class _Norm(torch.autograd.Function):
         )
 
 
+def layer_norm_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    x1: torch.Tensor | None = None,
+    weight1: torch.Tensor | None = None,
+    bias1: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: torch.Tensor | None = None,
+    prenorm: bool = False,
+    zero_centered_weight: bool = False,
+    dropout_mask: torch.Tensor | None = None,
+    dropout_mask1: torch.Tensor | None = None,
+    upcast: bool = False,
+    *,
+    is_rms_norm: bool = False,
+) -> NormResult:
+    """:func:`layer_norm_fn` by torch's own functions, differentiable by autograd: what flash-attn's tests compare with.
+
+    Args:
+        dropout_mask, dropout_mask1: elements of x and of x1 that dropout keeps; default: torch's own dropout.
+        upcast: compute in float32.
+
+    Returns:
+        result, result of weight1, sum, those that there are; results in x's dtype.
+    """
+    dtype = x.dtype
+
+    def ready(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return tensor.float() if tensor is not None and upcast else tensor
+
+    def dropped(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        if dropout_p == 0.0:
+            return tensor
+        if mask is None:
+            return torch.nn.functional.dropout(tensor, dropout_p)
+        return tensor.masked_fill(~mask, 0.0) / (1.0 - dropout_p)
+
+    total = x.float() if upcast else x
+    if rowscale is not None:
+        total = total * rowscale[..., None]
+    total = dropped(total, dropout_mask)
+    if x1 is not None:
+        total = total + dropped(x1.float() if upcast else x1, dropout_mask1)
+    if residual is not None:
+        total = (total + residual).to(total.dtype)
+    norm = torch.nn.functional.rms_norm if is_rms_norm else torch.nn.functional.layer_norm
+    results = []
+    for w, b in ((ready(weight), ready(bias)), (ready(weight1), ready(bias1))):
+        if w is None:
+            continue
+        w = w + 1.0 if zero_centered_weight else w
+        y = norm(total.to(w.dtype), x.shape[-1:], w, eps=eps)
+        results.append((y if b is None else y + b).to(dtype))
+    results += [total] if prenorm else []
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def rms_norm_ref(*args: Any, **kwargs: Any) -> NormResult:
+    """:func:`rms_norm_fn` by torch's own functions, with the arguments of :func:`layer_norm_ref`."""
+    return layer_norm_ref(*args, **kwargs, is_rms_norm=True)
+
+
 def layer_norm_linear_fn(
     x: torch.Tensor,
     norm_weight: torch.Tensor,

@@ -178,6 +178,10 @@ def apply_rotary_emb(
     return _Rotary.apply(x, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen)
 
 
+#: Its name in older versions of flash-attn.
+apply_rotary_emb_func = apply_rotary_emb
+
+
 def _parts_of_qkv(qkv: torch.Tensor, num_heads_q: int | None, together: bool) -> list[torch.Tensor]:
     """Views (batch, seqlen, heads, headdim) of q and k, one view of both if they are turned alike."""
     if num_heads_q is None:
