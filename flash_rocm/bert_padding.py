@@ -88,7 +88,7 @@ def unpad_input_for_concatenated_sequences(
 
 
 def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, seqlen: int) -> torch.Tensor:
-    """Rows back in their places, zeros between: (total, ...) -> (batch, seqlen, ...); indices are those of unpadding."""
+    """Rows back in their places, zeros between: (total, ...) -> (batch, seqlen, ...); indices of unpadding."""
     validation.check_tensor("hidden_states", hidden_states)
     if indices.shape != hidden_states.shape[:1]:
         raise validation.invalid("indices", f"shape ({hidden_states.shape[0]},)", tuple(indices.shape))
