@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -188,6 +189,22 @@ class TestCommandLine:
         monkeypatch.setattr(sys, "argv", ["flash_rocm.dropin", "--help"])
         assert main() == 0 and "usage: " in capsys.readouterr().out
         assert not any(isinstance(each, finder.Finder) for each in sys.meta_path)
+
+
+class TestDocumentation:
+    TEXT = (ROOT / "docs" / "dropin.md").read_text()
+
+    def test_names_what_there_is(self) -> None:
+        rows = [line.partition(" | ")[0] for line in self.TEXT.splitlines() if line.startswith("| `flash_attn")]
+        named = {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
+        assert named == {name for name, target in finder.MODULES.items() if target} | {"flash_attn"}
+        assert f"is {finder.VERSION}, the version whose interface" in self.TEXT
+
+    def test_example_of_layers_runs(self) -> None:
+        (example,) = re.findall(r"```python\n(import torch\n.*?)```", self.TEXT, re.DOTALL)
+        names: dict[str, Any] = {}
+        exec(compile(example, "dropin.md", "exec"), names)
+        assert names["losses"].isfinite().all() and names["x"].grad.any() and names["weight"].grad.any()
 
 
 def qkv(*lengths: int, heads: int = 3, dim: int = 16) -> list[torch.Tensor]:
