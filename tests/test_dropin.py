@@ -265,9 +265,9 @@ class TestConventions:
         assert same(interface.flash_attn_func(*turned, 0.0, None, False, window), expected)
         assert same(interface.flash_attn_func(q=turned[0], k=turned[1], v=turned[2], window_size=window), expected)
         cached = flash_rocm.flash_attn_with_kvcache(q, k, v, window_size=(2, 1))
-        assert same(interface.flash_attn_with_kvcache(q, k, v, window_size=window), cached)
-        position = interface._CACHE_WINDOW
-        assert same(interface.flash_attn_with_kvcache(q, k, v, *(None,) * (position - 4), False, window), cached)
+        assert same(interface.flash_attn_with_kvcache(turned[0], k, v, window_size=window), cached)
+        behind_scale = (None,) * 9 + (False, window)
+        assert same(interface.flash_attn_with_kvcache(q, k, v, *behind_scale), cached)
 
     def test_gradients(self) -> None:
         leaves = [x.requires_grad_() for x in qkv(6, 4, 4)]
@@ -379,6 +379,23 @@ class TestPrivateVarlen:
             interface._flash_attn_backward(q, q, k, v, out, lse, *gradients, *numbers, True)
         with pytest.raises(ValueError, match="q: expected 4 dims"):
             interface._flash_attn_forward(q[0], k, v, *numbers, False)
+
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+    def test_operators(self, dropout_p: float) -> None:
+        """Schemas and fakes say what the operators do."""
+        q, k, v = qkv(6, 4, 4)
+        numbers = (dropout_p, 0.25, False, -1, -1, 0.0)
+        operators = torch.ops.flash_attn
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(operators._flash_attn_forward, (q, k, v, *numbers, None, True), test_utils=tests)
+        varlen = (starts("cpu", 6, 6), starts("cpu", 4, 4), 6, 4)
+        packed = [x.flatten(0, 1) for x in (q, k, v)]
+        arguments = (*packed, *varlen, *numbers, None, True)
+        torch.library.opcheck(operators._flash_attn_varlen_forward, arguments, test_utils=tests)
+        out, lse, _, state = operators._flash_attn_forward(q, k, v, *numbers, None, True)
+        results = [torch.zeros_like(x) for x in (q, k, v)]
+        arguments = (out, q, k, v, out, lse, *results, *numbers, None, True, state)
+        torch.library.opcheck(operators._flash_attn_backward, arguments, test_utils=tests)
 
     def test_traced(self) -> None:
         """Operators have fakes: shapes come out without running anything."""

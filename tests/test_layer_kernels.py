@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import best_compiler, fresh_dynamo  # noqa: F401
+from calls import best_compiler
 from test_adversarial import random, same
 
 import flash_rocm
@@ -221,6 +221,33 @@ def test_a_leaf_is_turned_in_place_in_a_graph(kind: str) -> None:
         result.sin().sum().backward()
     assert same(*(x.detach() for x in results)) and same(*(x.detach() for x in leaves))
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+def test_operators(inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schemas and fakes say what the operators do, in every call that the steps make."""
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Remember(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "flash_rocm":
+                copies = tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args)
+                calls.append((func, copies))
+            return func(*args, **(kwargs or {}))
+
+    with Remember():
+        if inplace:
+            x, cos, sin = rotary_inputs()
+            rotary.apply_rotary_emb(x, cos, sin, inplace=True).sum().backward()
+            loss_step(torch.float32)
+        else:
+            for step in (rotary_step, norm_step, loss_step):
+                step(torch.float32)
+            norm.rms_norm_fn(*(random("cpu", *n, dtype=torch.float32) for n in ((4, 8), (8,))), None)
+    assert {"rotary_", "cross_entropy_backward_"} <= {f._opname for f, _ in calls} or not inplace
+    assert len({f._opname for f, _ in calls}) >= 4
+    for function, args in calls:
+        torch.library.opcheck(function, args, test_utils=("test_schema", "test_faketensor"))
 
 
 class TestSelection:

@@ -107,6 +107,15 @@ def test_mha(options: dict[str, Any], extra: dict[str, Any]) -> None:
     close(torch.autograd.grad(out.sin().sum(), [x, *layer.parameters()]), wanted)
 
 
+@pytest.mark.parametrize("name", ["torch-causal", "rotary-gqa", "alibi"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_mha_in_a_graph(name: str) -> None:
+    """Without a break, tables of the rotary embedding included."""
+    layer, x = make(**CASES[name][0]), x_of()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    close(compiled(x), layer(x))
+
+
 def test_parameters_have_the_names_of_checkpoints() -> None:
     names = {"Wqkv.weight", "Wqkv.bias", "out_proj.weight", "out_proj.bias"}
     assert set(make(use_alibi=True, rotary_emb_dim=8).state_dict()) == names

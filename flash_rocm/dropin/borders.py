@@ -10,7 +10,7 @@ from torch.nn import functional
 #: Keys that flash-attn's kernel takes at a time, the last first, as far as S_dmask shows it.
 BLOCK_K = 128
 #: What flash-attn rounds the seqlens of S_dmask up to.
-_ROUNDED = 128
+ROUNDED = 128
 
 
 def maybe_contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -49,7 +49,7 @@ def probs_at_border(probs: torch.Tensor) -> torch.Tensor:
     if probs.numel() == 0:
         return probs
     seqlen_q, seqlen_k = probs.shape[-2:]
-    missing = (round_multiple(seqlen_q, _ROUNDED) - seqlen_q, round_multiple(seqlen_k, _ROUNDED) - seqlen_k)
+    missing = (round_multiple(seqlen_q, ROUNDED) - seqlen_q, round_multiple(seqlen_k, ROUNDED) - seqlen_k)
     blocks = functional.pad(probs, (0, missing[1], 0, missing[0])).float().unflatten(-1, (-1, BLOCK_K))
     largest = blocks.abs().amax(-1).flip(-1).cummax(-1).values.flip(-1)
     return (blocks / largest.where(largest > 0, 1.0)[..., None]).flatten(-2).to(probs.dtype)

@@ -70,26 +70,27 @@ def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, is_
     return BLOCK_K
 
 
+def _contiguous(x: Any) -> Any:
+    """What is no tensor is left to the checks of the function."""
+    return maybe_contiguous(x) if isinstance(x, torch.Tensor) and x.dim() > 0 else x
+
+
 def _with_conventions(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of :mod:`flash_rocm.api` with flash-attn's conventions."""
-    window = list(inspect.signature(function).parameters).index("window_size")
+    """A function of flash_rocm with flash-attn's conventions."""
+    parameters = list(inspect.signature(function).parameters)
+    converters: dict[str, Callable[[Any], Any]] = dict.fromkeys(("q", "k", "v", "kv", "qkv"), _contiguous)
+    converters["window_size"] = window_of
+    places = {n: converters[name] for n, name in enumerate(parameters) if name in converters}
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # Only q, k and v, packed or not, have so many dims.
-        given = [maybe_contiguous(x) if isinstance(x, torch.Tensor) and x.dim() > 2 else x for x in args]
-        for name in ("q", "k", "v", "kv", "qkv"):
-            if isinstance(kwargs.get(name), torch.Tensor):
-                kwargs[name] = maybe_contiguous(kwargs[name])
-        if len(given) > window:
-            given[window] = window_of(given[window])
-        elif "window_size" in kwargs:
-            kwargs["window_size"] = window_of(kwargs["window_size"])
-        result = function(*given, **kwargs)
+        given = [places[n](x) if n in places else x for n, x in enumerate(args)]
+        named = {name: converters[name](x) if name in converters else x for name, x in kwargs.items()}
+        result = function(*given, **named)
         if isinstance(result, torch.Tensor):
             return result
-        out, softmax_lse, probs = result
-        return out, lse_at_border(softmax_lse), probs_at_border(probs)
+        out, softmax_lse, *probs = result
+        return (out, lse_at_border(softmax_lse), *map(probs_at_border, probs))
 
     call.__module__ = __name__
     return call
@@ -101,19 +102,4 @@ flash_attn_qkvpacked_func = _with_conventions(api.flash_attn_qkvpacked_func)
 flash_attn_varlen_func = _with_conventions(api.flash_attn_varlen_func)
 flash_attn_varlen_kvpacked_func = _with_conventions(api.flash_attn_varlen_kvpacked_func)
 flash_attn_varlen_qkvpacked_func = _with_conventions(api.flash_attn_varlen_qkvpacked_func)
-
-
-@functools.wraps(inference.flash_attn_with_kvcache)
-def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> Any:
-    """With flash-attn's softmax_lse."""
-    given = list(args)
-    if len(given) > _CACHE_WINDOW:
-        given[_CACHE_WINDOW] = window_of(given[_CACHE_WINDOW])
-    elif "window_size" in kwargs:
-        kwargs["window_size"] = window_of(kwargs["window_size"])
-    result = inference.flash_attn_with_kvcache(*given, **kwargs)
-    return result if isinstance(result, torch.Tensor) else (result[0], lse_at_border(result[1]))
-
-
-_CACHE_WINDOW = list(inspect.signature(inference.flash_attn_with_kvcache).parameters).index("window_size")
-flash_attn_with_kvcache.__module__ = __name__
+flash_attn_with_kvcache = _with_conventions(inference.flash_attn_with_kvcache)

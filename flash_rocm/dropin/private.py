@@ -12,9 +12,16 @@ import torch
 
 from flash_rocm import ops, validation
 from flash_rocm.attend import draw_rng_state
-from flash_rocm.dropin.borders import lse_at_border, lse_inside, maybe_contiguous, probs_at_border
+from flash_rocm.dropin.borders import (
+    ROUNDED,
+    lse_at_border,
+    lse_inside,
+    maybe_contiguous,
+    probs_at_border,
+    round_multiple,
+)
 from flash_rocm.inference import attend_cached, dropout_over_pages
-from flash_rocm.problem import CacheInputs, layout_of, lse_shape
+from flash_rocm.problem import CacheInputs, accumulate_dtype, layout_of, lse_shape
 
 _Forward = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -298,10 +305,44 @@ _OPERATORS = {
 }
 
 
-def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> _Forward:
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    state = q.new_empty((2,), dtype=torch.int64)
-    return out, q.new_empty(lse_shape(q), dtype=torch.float32), q.new_empty((0,)), state
+def _forward_fake(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, *args: Any, **kwargs: Any
+) -> _Forward:
+    shape = (*q.shape[:2], k.shape[1])
+    return _fake_results(q, v, dropout_p > 0.0 and args[-1], (shape[0], q.shape[2], *shape[1:]))
+
+
+def _varlen_forward_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    return_softmax: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> _Forward:
+    shape = (cu_seqlens_q.shape[0] - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
+    return _fake_results(q, v, dropout_p > 0.0 and return_softmax, shape)
+
+
+def _fake_results(q: torch.Tensor, v: torch.Tensor, has_probs: bool, shape: tuple[int, ...]) -> _Forward:
+    rounded = tuple(round_multiple(n, ROUNDED) for n in shape[2:])
+    return (
+        q.new_empty((*q.shape[:-1], v.shape[-1])),
+        q.new_empty(lse_shape(q), dtype=accumulate_dtype(q.dtype)),
+        q.new_empty((*shape[:2], *rounded) if has_probs else (0,)),
+        q.new_empty((2,), dtype=torch.int64),
+    )
 
 
 def _backward_fake(dout: torch.Tensor, q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -311,5 +352,7 @@ def _backward_fake(dout: torch.Tensor, q: torch.Tensor, *args: Any, **kwargs: An
 for _name, _schema in _OPERATORS.items():
     _library.define(_name + _schema)
     _library.impl(_name, globals()[_name], "CompositeExplicitAutograd")
-    _fake: Any = _forward_fake if "forward" in _name else _backward_fake
+    _fake: Any = _backward_fake
+    if "forward" in _name:
+        _fake = _varlen_forward_fake if "varlen" in _name else _forward_fake
     torch.library.register_fake(f"flash_attn::{_name}", _fake, lib=_library)
