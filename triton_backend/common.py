@@ -71,7 +71,7 @@ def sequence_bounds(cu_seqlens_ptr, batch, seqlen, VARLEN: tl.constexpr):
     if VARLEN:
         start = tl.load(cu_seqlens_ptr + batch)
         return start, tl.load(cu_seqlens_ptr + batch + 1) - start
-    return tl.zeros((), tl.int32), seqlen
+    return tl.cast(0, tl.int32), seqlen
 
 
 @triton.jit

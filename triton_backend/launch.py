@@ -37,7 +37,7 @@ class Call(NamedTuple):
     plan: Launchable
     programs: int  # workgroups
     tensors: Tensors
-    lse_strides: tuple[int, ...]  # none for kernels without softmax_lse
+    lse_strides: tuple[int, ...]  # two, or none
     scalars: tuple[int | float, ...]  # behind the strides of softmax_lse; they follow from problem and strides
     constants: dict[str, Any]  # VEC, WIDE and what else does not follow from the problem
 
@@ -199,14 +199,10 @@ def pointers_of(tensors: Tensors) -> tuple[list[int | None], Any]:
 
     Launches take numbers: about a tensor Triton would ask the driver, which the first launch has done.
     """
-    pointers: list[int | None] = []
+    pointers = [None if x is None else x.data_ptr() for x in tensors]
     combined = 0
-    for x in tensors:
-        if x is None:
-            pointers.append(None)
-        else:
-            pointer = x.data_ptr()
-            pointers.append(pointer)
+    for pointer in pointers:
+        if pointer:
             combined |= pointer
     far = _IS_HIP and any(x is not None and _is_far(x) for x in tensors)
     if combined & 15 == 0 and not far:
