@@ -1,0 +1,180 @@
+"""The Gluon forward for Hopper: when it is taken, what it compiles to and, on a GPU, results beside the Triton kernel."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import flash_rocm
+from flash_rocm import runtime
+from flash_rocm.config_schema import ConfigError
+from flash_rocm.problem import AttentionProblem
+from flash_rocm.runtime import Arch, nvidia_arch
+from flash_rocm.testing import make_problem
+
+pytest.importorskip("triton", reason="about a Triton kernel")
+
+SM90 = nvidia_arch((9, 0), 132)
+needs_compiler = pytest.mark.skipif(runtime.triton_interpret(), reason="TRITON_INTERPRET=1 replaces the compiler")
+
+
+def problem(**fields: Any) -> AttentionProblem:
+    shape = dict(batch=2, seqlen_q=512, seqlen_k=512, nheads=8, headdim=128, dtype=torch.bfloat16, device_type="cuda")
+    return make_problem(**shape | fields)
+
+
+def implementation(found: AttentionProblem, arch: Arch = SM90) -> str:
+    from flash_rocm._triton.plan import is_plain, plan
+
+    return plan("forward", found, arch, None, is_plain(found)).config.implementation
+
+
+@pytest.mark.parametrize(
+    "fields",
+    (
+        {}, {"headdim": 64}, {"headdim": 256, "window_right": 0}, {"dtype": torch.float16, "varlen": True},
+        {"window_left": 9, "window_right": 3}, {"nheads_k": 2, "needs_grad": True}, {"seqlen_q": 1, "seqlen_k": 7},
+    ),
+    ids=str,
+)  # fmt: skip
+def test_taken(fields: dict[str, Any]) -> None:
+    assert implementation(problem(**fields)) == "gluon"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    (
+        {"softcap": 2.0}, {"sinks": True}, {"alibi": True}, {"softmax_scale": -0.1}, {"softmax_scale": 0.0},
+        {"dtype": torch.float32}, {"dropout_p": 0.1}, {"headdim": 96}, {"headdim": 32}, {"headdim": 512},
+        {"headdim": 192, "headdim_v": 128},
+    ),
+    ids=str,
+)  # fmt: skip
+def test_not_taken(fields: dict[str, Any]) -> None:
+    assert implementation(problem(**fields)) == "triton"
+
+
+def test_other_chips_do_not_take_it() -> None:
+    assert implementation(problem(), nvidia_arch((8, 0), 108)) == "triton"
+    assert implementation(problem(), runtime.amd_arch("gfx942", 304)) == "triton"
+
+
+def test_explain_tells() -> None:
+    from flash_rocm._triton import plan
+
+    (line,) = plan.describe_configs(problem(), SM90)
+    assert line.startswith("forward: ") and " implementation=gluon (sm90.json" in line
+
+
+def test_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flash_rocm._triton.plan import plan
+
+    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"forward": {"BLOCK_M": 64}}')
+    with pytest.raises(ConfigError, match=r"expected BLOCK_M=128 with implementation=gluon, got 64\. Hint"):
+        plan("forward", problem(), SM90, runtime.config_source(), True)
+    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"forward": {"BLOCK_M": 64, "implementation": "triton"}}')
+    assert plan("forward", problem(), SM90, runtime.config_source(), True).config.BLOCK_M == 64
+    monkeypatch.delenv("FLASH_ROCM_KERNEL_CONFIG")
+    # The variable that flash-attn's users know is about Triton's kernel.
+    monkeypatch.setenv("FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON", '{"BLOCK_M": 64, "num_warps": 8}')
+    found = plan("forward", problem(), SM90, runtime.config_source(), True).config
+    assert (found.implementation, found.BLOCK_M, found.num_warps) == ("triton", 64, 8)
+
+
+def test_tuned_entries_are_of_the_triton_kernel(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for a kind of call that has a Gluon kernel is not taken."""
+    from flash_rocm._triton import plan
+
+    monkeypatch.setattr("flash_rocm.tuned.find", lambda *_: pytest.fail("asked for a tuned entry"))
+    source = runtime.ConfigSource(tuned=str(tmp_path))
+    assert plan.kernel_config("forward", problem(), SM90, source, True).implementation == "gluon"
+
+
+# --------------------------------------------------------------------------------------------------
+# Compiled, without a GPU
+
+
+@needs_compiler
+@pytest.mark.parametrize("headdim", (64, 128, 256))
+@pytest.mark.parametrize("mask", ({}, {"window_right": 0}, {"window_left": 100, "window_right": 7}), ids=str)
+def test_compiles_for_hopper(mask: dict[str, int], headdim: int) -> None:
+    """Products do not wait for each other, next to nothing spills, and there are as many as the loops ask for."""
+    from flash_rocm._triton.compile import Pointer, compile_for
+    from flash_rocm._triton.forward_hopper import attn_fwd_hopper_kernel as kernel
+    from flash_rocm._triton.offline import ptxas_report
+    from flash_rocm._triton.plan import plan
+
+    current = plan("forward", problem(headdim=headdim, **mask), SM90, None, True)
+    pointers: dict[str, Any] = {name: None for name in kernel.arg_names if name.endswith("_ptr")}
+    pointers |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), Pointer(torch.bfloat16))
+    pointers["lse_ptr"] = Pointer(torch.float32)
+    compiled = compile_for(SM90, kernel, pointers, {**current.constants, "VEC": 8}, current.options)
+    # The first tile's scores, the last one's values, and both in each loop, for two warpgroups.
+    block_n, loops = current.config.BLOCK_N, 3 if mask.get("window_left") else 2
+    scores, values = headdim // 16, block_n // 16
+    products = compiled.asm["ptx"].count("wgmma.mma_async.sync")
+    assert products == 2 * (1 + loops) * (scores + values)
+    assert compiled.metadata.shared <= 227 << 10
+    report = ptxas_report(compiled.asm["ptx"], 90)
+    assert not re.search(r"C75\d\d", report), report
+    (spilled,) = re.findall(r"(\d+) bytes spill stores", report)
+    assert int(spilled) <= 96, report
+
+
+# --------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("headdim", (64, 128, 256))
+def test_sees_nothing_beyond_its_sequence(headdim: int, causal: bool) -> None:
+    """NaN in the next sequence, and in rows that nobody owns, stays there."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Gluon kernel is for sm90 alone")
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    lengths_q, lengths_k = (70, 1, 200), (130, 300, 45)
+
+    def values(rows: int, heads: int) -> torch.Tensor:
+        return torch.randn(rows, heads, headdim, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+    q, k, v = values(sum(lengths_q) + 5, 4), values(sum(lengths_k) + 5, 2), values(sum(lengths_k) + 5, 2)
+    starts_q, starts_k = (
+        torch.tensor([0, *lengths], device="cuda").cumsum(0).int() for lengths in (lengths_q, lengths_k)
+    )
+
+    def call(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return flash_rocm.flash_attn_varlen_func(q, k, v, starts_q, starts_k, 200, 300, causal=causal)
+
+    clean = call(k, v)
+    k[130:] = torch.nan
+    v[130:] = torch.nan
+    assert call(k, v)[:70].equal(clean[:70])
+    assert not clean[sum(lengths_q) :].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ("full", "causal", "window", "gqa", "strided", "misaligned"))
+@pytest.mark.parametrize("headdim", (64, 128, 256))
+def test_both_implementations_agree(headdim: int, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within roundings of the result; ``test_matrix.py`` compares with float64."""
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    heads_k = 2 if case == "gqa" else 6
+    wide = 2 * headdim if case == "strided" else headdim + 1 if case == "misaligned" else headdim
+
+    def values(rows: int, heads: int) -> torch.Tensor:
+        shape = (3, rows, heads, wide)
+        return torch.randn(shape, device="cuda", dtype=torch.float16, generator=generator)[..., -headdim:]
+
+    q, k, v = values(333, 6), values(517, heads_k), values(517, heads_k)
+    options: dict[str, Any] = {"causal": case == "causal", "window_size": (90, 20) if case == "window" else (-1, -1)}
+    out, lse, _ = flash_rocm.flash_attn_func(q, k, v, return_attn_probs=True, **options)
+    again, *_ = flash_rocm.flash_attn_func(q, k, v, return_attn_probs=True, **options)
+    assert out.equal(again)
+    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"forward": {"implementation": "triton", "BLOCK_N": 64}}')
+    other, other_lse, _ = flash_rocm.flash_attn_func(q, k, v, return_attn_probs=True, **options)
+    torch.testing.assert_close(out, other, rtol=2**-10, atol=2**-10)
+    torch.testing.assert_close(lse, other_lse, rtol=1e-5, atol=1e-5)
