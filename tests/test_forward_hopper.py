@@ -1,4 +1,4 @@
-"""The Gluon forward for Hopper: when it is taken, what it compiles to and, on a GPU, results beside the Triton kernel."""
+"""The Gluon forward for Hopper: when it is taken, what it compiles to and, on a GPU, how it does beside Triton's."""
 
 from __future__ import annotations
 
