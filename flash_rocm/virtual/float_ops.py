@@ -373,6 +373,19 @@ for _name, _count, _function in (
     FACTORIES[_name] = _double(_count, _function)
 
 
+@register("v_fmac_f64")
+def _fmac_f64(b: Builder) -> Handler:
+    operand = b.expect(0, "v", 2)
+    b.read_bits(operand)
+    row, first, second, put = operand.row, b.f64(0), b.f64(1), b.put_u64()
+
+    def run(g: Group) -> None:
+        addend = g.V[row].astype(np.uint64) | g.V[row + 1].astype(np.uint64) << np.uint64(32)
+        put(g, np.asarray(fma64(first(g), second(g), addend.view(np.float64))))
+
+    return run
+
+
 @register("v_cvt_f64_f32", "v_cvt_f64_i32", "v_cvt_f64_u32")
 def _cvt_to_f64(b: Builder) -> Handler:
     value, put = getattr(b, b.name[-3])(0), b.put_u64()
