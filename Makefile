@@ -3,6 +3,7 @@
 #   make demo     a pretrained sentence encoder whose attention flash_rocm runs
 #   make test     all tests that need no GPU
 #   make test-virtual  all cases on the virtual AMD GPU, of which make test runs a part
+#   make ck       the Composable Kernel back end: build the library of its tests, run them on the virtual AMD GPU
 #   make lint     ruff and mypy
 #   make inspect  what the kernels compile to: bf16 for every AMD chip, the other types for gfx942 and gfx1100
 #   make inspect-all   the same for every type and chip, NVIDIA's too
@@ -37,7 +38,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
 PACKAGE := pyproject.toml setup.py flash_rocm/__init__.py
 
-.PHONY: demo test test-virtual llvm aiter lint bench inspect inspect-all inspect-oldest venv clean FORCE
+.PHONY: demo test test-virtual ck ck-tools ck-library llvm aiter lint bench inspect inspect-all inspect-oldest venv clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -45,11 +46,18 @@ demo: $(VENV)/.demo
 
 LEFT_OUT := out/left-to-test-virtual.txt
 
+# Where the library of the ck tests is built; what is there already is not compiled again.
+CK_CACHE := $(abspath out/ck)
+CK_ARCHS ?= gfx90a,gfx942
+# One name a line; "make ck CK_INSTANCES='*'" builds, but does not test, all that the configs ask for.
+CK_INSTANCES ?= $(shell paste -sd, tests/ck_instances.txt)
+
 # The folder that holds aiter_meta; tests that find none there are skipped.
 test test-virtual: export FLASH_ROCM_TEST_AITER ?= $(abspath $(VENV))/aiter
 
 test: $(VENV)/.demo $(VENV)/.test llvm aiter
-	$(PYTEST) -m "not gpu and not interpret and not exhaustive" $(PYTEST_ARGS)
+	$(PYTEST) -m "not gpu and not interpret and not exhaustive and not ck" $(PYTEST_ARGS)
+	@echo "Left to make ck: the tests that run the compiled library of Composable Kernel"
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpret" $(PYTEST_ARGS)
 	@mkdir -p out && $(BIN)/python -m pytest -q -m exhaustive --collect-only > $(LEFT_OUT) && \
 	  echo "Left to make test-virtual, by name in $(LEFT_OUT): $$(tail -n 1 $(LEFT_OUT))"
@@ -57,10 +65,17 @@ test: $(VENV)/.demo $(VENV)/.test llvm aiter
 test-virtual: $(VENV)/.test llvm aiter
 	$(PYTEST) -m "virtual" $(PYTEST_ARGS)
 
+ck: ck-library
+	FLASH_ROCM_TEST_CK=$(CK_CACHE) $(PYTEST) -m "ck" $(PYTEST_ARGS)
+
+ck-library: $(VENV)/.test $(VENV)/.ck ck-tools aiter
+	CK_HOME=$$(ls -d $(abspath $(VENV))/aiter/aiter_meta/3rdparty/composable_kernel 2>/dev/null) \
+	  $(BIN)/flash-rocm build --ck --arch $(CK_ARCHS) --instances "$(CK_INSTANCES)" --output $(CK_CACHE)/ck
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy flash_rocm triton_backend ck_backend
+	$(BIN)/mypy flash_rocm triton_backend ck_backend third_party
 
 bench: $(VENV)/.bench
 	$(BIN)/flash-rocm bench $(BENCH_ARGS)
@@ -125,6 +140,8 @@ $(VENV)/.oldest: $(VENV)/.package
 	$(PIP) install $(OLDEST_TRITON)
 	@touch $@
 
+CK_PACKAGES := clang-22 lld-22 llvm-22 clang-tools-22 g++
+
 # These two only add tests: without them the others run, and the text says what is left out.
 
 llvm:
@@ -135,6 +152,16 @@ llvm:
 	  echo "llvm-objdump-22 is not here and was not installed (it takes root and apt-get): the tests of AMD's" \
 	    "assembled kernels, of foreign code objects and of what LLVM assembles are left out"
 
+# Without these there is nothing that make ck could do.
+ck-tools:
+	@for tool in clang++-22 ld.lld-22 llvm-as-22 llvm-objdump-22 clang-offload-bundler-22; do \
+	  command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	[ -z "$$missing" ] || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    { apt-get install -qq -y --no-install-recommends $(CK_PACKAGES) || \
+	      { apt-get update -qq && apt-get install -qq -y --no-install-recommends $(CK_PACKAGES); }; }; } || \
+	  { echo "make ck needs$$missing: apt-get install $(CK_PACKAGES)"; exit 1; }
+
 aiter:
 	@$(MAKE) --no-print-directory $(VENV)/.aiter || \
 	  echo "$(AITER) was not fetched: the tests of AMD's assembled kernels are left out"
@@ -143,6 +170,10 @@ $(VENV)/.aiter: $(VENV)/.python
 	$(PIP) download --no-deps --only-binary :all: --dest $(VENV)/aiter.wheel $(AITER)
 	$(BIN)/python -m zipfile -e $(VENV)/aiter.wheel/*.whl $(VENV)/aiter
 	rm -r $(VENV)/aiter.wheel
+	@touch $@
+
+$(VENV)/.ck: $(VENV)/.package
+	$(PIP) install --no-build-isolation -e ".[ck]"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.package

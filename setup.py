@@ -1,4 +1,4 @@
-"""Packages of the wheel: site-packages gets one name, ``flash_rocm``.  ``FLASH_ROCM_BUILD=ck`` adds the compiled library."""
+"""Packages of the wheel: site-packages gets one name, ``flash_rocm``.  ``FLASH_ROCM_BUILD=ck`` adds a library."""
 
 import importlib.util
 import os
@@ -32,7 +32,8 @@ def build_request() -> str:
     request = os.environ.get("FLASH_ROCM_BUILD", "none").strip().lower()
     if request == "cuda":
         raise SystemExit(
-            "FLASH_ROCM_BUILD=cuda: this version has no compiled part for CUDA. Unset it: the Triton kernels need no build."
+            "FLASH_ROCM_BUILD=cuda: this version has no compiled part for CUDA. "
+            "Unset it: the Triton kernels need no build."
         )
     if request not in ("", "none", "ck"):
         raise SystemExit(f"FLASH_ROCM_BUILD: expected ck, cuda or none, got {request!r}.")

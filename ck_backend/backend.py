@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from flash_rocm import ck_instances, virtual_device
+from flash_rocm.ck_instances import CkInstance
 from flash_rocm.problem import AttentionInputs, AttentionProblem, CacheInputs, lse_shape
 
 from . import library, virtual
@@ -18,15 +19,15 @@ _DELTA, _GRADIENTS, _CONVERT = range(3)
 _MAX_STRIDE = (1 << 31) - 1
 
 
-def _instance(kernel: str, problem: AttentionProblem, device: torch.device) -> tuple[int, Any]:
-    """Number of the instance that runs one direction of a problem, and the operators of the library."""
+def _instance(kernel: str, problem: AttentionProblem, device: torch.device) -> tuple[int, CkInstance, Any]:
+    """The instance that runs one direction of a problem, its number before it, and the operators of the library."""
     found, operators = library.load()
     arch = virtual_device.arch_of(device).name
     number = found.find(kernel, problem, arch)
     if number is None:  # selection has looked, but another library may have been built since
         reasons = "; ".join(ck_instances.refusals(problem, arch, found))
         raise library.LibraryError(f"ck: expected an instance for {problem.describe()}: {reasons}")
-    return number, operators
+    return number, found.instances[number], operators
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -35,6 +36,16 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     if last == 1 and x.data_ptr() % 16 == 0 and all(n % 8 == 0 and n <= _MAX_STRIDE for n in outer):
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _widened(x: torch.Tensor, headdim: int) -> torch.Tensor:
+    """The tensor with a head dim that zeros fill up; itself where it has that.
+
+    The forward copies whole tiles of K into LDS, with what lies behind a shorter head dim: times the zeros that Q is
+    filled up with it counts for nothing, unless it is NaN or infinite.
+    """
+    missing = headdim - x.shape[-1]
+    return torch.nn.functional.pad(x, (0, missing)) if missing else _aligned(x)
 
 
 def _stream(x: torch.Tensor) -> int:
@@ -57,8 +68,8 @@ def _new(x: torch.Tensor, shape: Sequence[int], varlen: bool) -> torch.Tensor:
 
 def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse of one call; see :class:`flash_rocm.backends.Backend`."""
-    number, operators = _instance("forward", problem, inputs.q.device)
-    q, k, v = map(_aligned, inputs[:3])
+    number, instance, operators = _instance("forward", problem, inputs.q.device)
+    q, k, v = _aligned(inputs.q), _widened(inputs.k, instance.headdim), _aligned(inputs.v)
     slopes = inputs.alibi_slopes.contiguous() if inputs.alibi_slopes is not None else None
     out = _new(q, (*q.shape[:-1], problem.headdim_v), problem.varlen)
     softmax_lse = q.new_full(lse_shape(q), float("-inf"), dtype=torch.float32)
@@ -87,7 +98,7 @@ def backward(
     gradients, with dq summed up in float32, by atomic additions or, deterministic, in one part for each block of keys;
     dq converted.  Heads that share one of k and v get a dk and dv each, which are added up at the end.
     """
-    number, operators = _instance("backward", problem, inputs.q.device)
+    number, _, operators = _instance("backward", problem, inputs.q.device)
     q, k, v = map(_aligned, inputs[:3])
     out, dout, softmax_lse = _aligned(out), _aligned(dout), softmax_lse.contiguous()
     slopes = inputs.alibi_slopes.contiguous() if inputs.alibi_slopes is not None else None

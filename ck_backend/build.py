@@ -151,19 +151,13 @@ def _probe(toolchain: Toolchain, cache: pathlib.Path) -> None:
     probe = cache / "probe.cpp"
     probe.write_text('#include "forward.hpp"\n')
     flags = hip_flags(toolchain, ("gfx942",))
-    command = [
-        toolchain.hip_compiler,
-        *hip_flags(toolchain, ("gfx942",)),
-        "-fsyntax-only",
-        "--cuda-host-only",
-        str(probe),
-    ]
+    command = [toolchain.hip_compiler, *flags, "-fsyntax-only", "--cuda-host-only", str(probe)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error:" in line]
         raise BuildError(
-            f"{toolchain.source.root}: expected a Composable Kernel like that of {composable_kernel.WHEEL}, got one that "
-            f"does not compile: {(errors or ['no error text'])[0]}. Hint: unset CK_HOME"
+            f"{toolchain.source.root}: expected a Composable Kernel like that of {composable_kernel.WHEEL}, got one "
+            f"that does not compile: {(errors or ['no error text'])[0]}. Hint: unset CK_HOME"
         )
 
 

@@ -69,7 +69,7 @@ def units_of(archs: Sequence[str], patterns: Sequence[str] = ("*",), folder: str
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise NothingToBuild(
-                f"FLASH_ROCM_INSTANCES: expected patterns of names such as {names[0]}, got {pattern!r}, which matches none"
+                f"FLASH_ROCM_INSTANCES: expected patterns of names such as {names[0]}, got {pattern!r}, which fits none"
             )
     return [unit for unit in units if any(fnmatch.fnmatch(unit.instance.name, pattern) for pattern in patterns)]
 

@@ -50,7 +50,7 @@ def _operators(folder: pathlib.Path) -> Any:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise LibraryError(
-            f"{path}: expected a library for torch {torch.__version__}, {error}. Hint: torch 2.10 or newer; build it again"
+            f"{path}: expected a library for torch {torch.__version__}, {error}. Hint: build it again (torch >= 2.10)"
         ) from error
     _loaded = ck_instances.built()
     return torch.ops.flash_rocm_ck

@@ -1,8 +1,8 @@
 """Launches of the compiled library on the virtual GPU: its host code runs, its device code is executed on the CPU.
 
-The library is linked to no HIP.  :func:`install` gives it a stand-in of libamdhip64.so (``csrc/stand_in_hip.c``) that hands
-every launch to :func:`_on_launch`: the kernel's name, its code objects for all archs, the grid and the arguments, in
-which tensors stand as their addresses on the CPU.
+The library is linked to no HIP.  :func:`install` gives it a stand-in of libamdhip64.so (``csrc/stand_in_hip.c``) that
+hands every launch to :func:`_on_launch`: the kernel's name, its code objects for all archs, the grid and the arguments,
+in which tensors stand as their addresses on the CPU.
 """
 
 from __future__ import annotations

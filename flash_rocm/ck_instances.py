@@ -1,7 +1,7 @@
 """Instances of Composable Kernel: what each takes, which are built, and which one a call gets.  A leaf.
 
-The library of the ``ck`` back end is a folder that its build fills: ``_C.so`` and ``instances.json``, which says what is in
-it in the order of the library's own table.  Selection reads that list alone, and so knows what the library can do
+The library of the ``ck`` back end is a folder that its build fills: ``_C.so`` and ``instances.json``, which says what
+is in it in the order of the library's own table.  Selection reads that list alone, and so knows what the library can do
 without loading it.
 """
 
@@ -142,7 +142,7 @@ def refusals(problem: AttentionProblem, arch: str, library: CkLibrary | None) ->
     reasons = []
     if problem.dropout_p > 0.0:
         reasons.append(
-            "dropout compares 8 bits of a random number in Composable Kernel, 31 elsewhere: masks would differ"
+            "dropout in Composable Kernel compares 8 bits of a random number, elsewhere 31: masks would differ"
         )
     if problem.headdim % 8 or problem.headdim_v % 8:
         reasons.append(f"headdim {problem.headdim}, {problem.headdim_v} of v: only multiples of 8")
@@ -180,6 +180,4 @@ def _wanted(kernel: str, problem: AttentionProblem, arch: str) -> str:
     if dtype not in _SHORT:
         return f"{dtype} has none"
     exact = CkInstance(kernel, dtype, problem.headdim, problem.headdim_v, variant, (arch,))
-    return (
-        f"expected {exact.name} or one that takes more. Hint: add it to the ck entries of {arch}.json and build again"
-    )
+    return f"expected {exact.name} or one that takes more. Hint: build with it in the ck entries of {arch}.json"

@@ -377,9 +377,7 @@ def _check_ck_entry(where: str, source: str, raw: Any) -> CkConfig:
     dtypes = _check_names(f"{where}.dtype", entry["dtype"], CK_DTYPES)
     variants = entry["variants"]
     if not dtypes or not isinstance(variants, list) or not variants:
-        raise ConfigError(
-            f"{where}: expected at least one dtype and one of the variants, got {dtypes} and {variants!r}"
-        )
+        raise ConfigError(f"{where}: expected at least one dtype and one variant, got {dtypes} and {variants!r}")
     numbers = {key: _check_numbers(f"{where}.{key}", entry[key], count) for key, count in CK_LENGTHS[kernel].items()}
     return CkConfig(
         kernel=kernel,

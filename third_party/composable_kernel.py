@@ -78,7 +78,8 @@ def find(ck_home: str, folder: pathlib.Path) -> Source:
             return Source(root, where, headers_sha256(root) == HEADERS_SHA256)
         if where == "CK_HOME" and root is not None:
             raise SourceError(
-                f"CK_HOME: expected a tree with include/ck_tile and {EXAMPLE}, got {ck_home!r}. Hint: a clone of {REPOSITORY}"
+                f"CK_HOME: expected a tree with include/ck_tile and {EXAMPLE}, got {ck_home!r}. "
+                f"Hint: a clone of {REPOSITORY}"
             )
     root = folder / ROOT_IN_WHEEL
     if not root.is_dir():

@@ -38,7 +38,7 @@ Condition = Callable[[Group], np.ndarray]
 _BARRIERS = ("s_barrier", "s_barrier_wait")
 _ENDS = ("s_endpgm", "s_branch", *_BARRIERS)
 _SET_MODE = "s_setreg_imm32_b32"
-#: Bits 4 and 5 of MODE are about denormals of float32: 0 flushes them, 3 keeps them.  LLVM turns them on for a division.
+#: Bits 4 and 5 of MODE are about denormals of float32: 0 flushes, 3 keeps them.  LLVM turns them on for a division.
 _F32_DENORMALS = re.compile(r"hwreg\(HW_REG_MODE, 4, 2\), (?:0x)?([03])$")
 _CONDITIONAL = tuple(f"s_cbranch_{test}" for test in ("scc0", "scc1", "vccz", "vccnz", "execz", "execnz"))
 
