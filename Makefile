@@ -47,8 +47,10 @@ demo: $(VENV)/.demo
 LEFT_OUT := out/left-to-test-virtual.txt
 
 # Where the library of the ck tests is built; what is there already is not compiled again.
-CK_CACHE := $(abspath out/ck)
+CK_CACHE := $(abspath out/ck-cache)
 CK_ARCHS ?= gfx90a,gfx942
+# The wheel that other tests fetch has it; without it the build fetches what is pinned.
+CK_HOME ?= $(wildcard $(abspath $(VENV))/aiter/aiter_meta/3rdparty/composable_kernel)
 # One name a line; "make ck CK_INSTANCES='*'" builds, but does not test, all that the configs ask for.
 CK_INSTANCES ?= $(shell paste -sd, tests/ck_instances.txt)
 
@@ -68,9 +70,9 @@ test-virtual: $(VENV)/.test llvm aiter
 ck: ck-library
 	FLASH_ROCM_TEST_CK=$(CK_CACHE) $(PYTEST) -m "ck" $(PYTEST_ARGS)
 
-ck-library: $(VENV)/.test $(VENV)/.ck ck-tools aiter
-	CK_HOME=$$(ls -d $(abspath $(VENV))/aiter/aiter_meta/3rdparty/composable_kernel 2>/dev/null) \
-	  $(BIN)/flash-rocm build --ck --arch $(CK_ARCHS) --instances "$(CK_INSTANCES)" --output $(CK_CACHE)/ck
+ck-library: $(VENV)/.test ck-tools aiter
+	$(if $(CK_HOME),CK_HOME="$(CK_HOME)") $(BIN)/flash-rocm build --ck --arch $(CK_ARCHS) --instances "$(CK_INSTANCES)" \
+	  --output $(CK_CACHE)/ck
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -170,10 +172,6 @@ $(VENV)/.aiter: $(VENV)/.python
 	$(PIP) download --no-deps --only-binary :all: --dest $(VENV)/aiter.wheel $(AITER)
 	$(BIN)/python -m zipfile -e $(VENV)/aiter.wheel/*.whl $(VENV)/aiter
 	rm -r $(VENV)/aiter.wheel
-	@touch $@
-
-$(VENV)/.ck: $(VENV)/.package
-	$(PIP) install --no-build-isolation -e ".[ck]"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.package

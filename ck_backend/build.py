@@ -83,7 +83,7 @@ def find_toolchain(request: BuildRequest, cache: pathlib.Path) -> Toolchain:
         hip_compiler=compiler,
         cxx=_find("g++", "c++", hint="apt-get install g++"),
         cc=_find("gcc", "cc", hint="apt-get install gcc"),
-        ninja=_find(str(pathlib.Path(sys.executable).with_name("ninja")), "ninja", hint="pip install ninja"),
+        ninja=find_ninja(),
         source=source,
         jobs=jobs_of(request.max_jobs),
     )
@@ -92,12 +92,17 @@ def find_toolchain(request: BuildRequest, cache: pathlib.Path) -> Toolchain:
     return toolchain
 
 
+def find_ninja() -> str:
+    """The program, on the path or beside Python, where pip puts it; another one than last time compiles all again."""
+    return _find("ninja", str(pathlib.Path(sys.executable).with_name("ninja")), hint="pip install ninja")
+
+
 def _find(*names: str, hint: str) -> str:
     for name in names:
         found = shutil.which(name)
         if found:
             return found
-    raise BuildError(f"expected {names[-1]}, found none. Hint: {hint}")
+    raise BuildError(f"expected {names[0]}, found none. Hint: {hint}")
 
 
 def _find_rocm(home: str, stand_in: pathlib.Path) -> tuple[pathlib.Path, str]:

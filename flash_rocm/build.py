@@ -93,7 +93,7 @@ def _run_ck(args: argparse.Namespace) -> int:
         request = request._replace(archs=tuple(args.arch), max_jobs=str(jobs))
         if args.instances is not None:
             request = request._replace(instances=args.instances)
-        units = builder.build(request, folder.parent / "ck-objects", folder, source.folder if source else None)
+        units = builder.build(request, folder.parent / "work", folder, source.folder if source else None)
     except (builder.BuildError, ConfigError, OSError) as error:
         print(f"flash-rocm build: {error}", file=sys.stderr)
         return 1

@@ -54,7 +54,8 @@ def test_ck_matrix_covers_every_feature(scope: matrix.Scope) -> None:
         assert {case.problem.varlen for case in some} == {False, True}
         assert {case.problem.dtype for case in some} == matrix.CAPABILITIES["ck"].dtypes
     library, arch = library_of_tests(), scope.target.partition(":")[2]
-    numbers = {library.find(kernel, c.problem, arch) for kernel in ("forward", "backward") for c in cases}
+    directions = [(kernel, c) for c in cases for kernel in ("forward", "backward")[: 1 + c.backward]]
+    numbers = {library.find(kernel, c.problem, arch) for kernel, c in directions}
     assert numbers >= set(range(len(library.instances)))
 
 
