@@ -20,6 +20,8 @@ MANIFEST, LIBRARY = "instances.json", "_C.so"
 _SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 #: Composable Kernel addresses the rows of one sequence with a 32-bit number of bytes.
 _MAX_SEQUENCE_BYTES = 1 << 31
+#: ... and takes the distances of ALiBi with v_sad_u16.
+_MAX_ALIBI_SEQLEN = 1 << 16
 BUILD_COMMAND = 'FLASH_ROCM_BUILD=ck FLASH_ROCM_ARCHS="{archs}" pip install --no-build-isolation .'
 
 
@@ -152,6 +154,8 @@ def refusals(problem: AttentionProblem, arch: str, library: CkLibrary | None) ->
         reasons.append("softcap has no backward in Composable Kernel")
     if problem.softcap > 0.0 and problem.alibi:
         reasons.append("softcap and alibi are not combined in Composable Kernel")
+    if problem.alibi and max(problem.seqlen_q, problem.seqlen_k) > _MAX_ALIBI_SEQLEN:
+        reasons.append(f"alibi over more than {_MAX_ALIBI_SEQLEN} positions, whose distances are 16-bit numbers there")
     row = problem.nheads * max(problem.headdim, problem.headdim_v)
     if 2 * row * max(problem.seqlen_q, problem.seqlen_k) >= _MAX_SEQUENCE_BYTES:
         reasons.append("a sequence of 2 GiB or more, which Composable Kernel addresses with 32 bits")

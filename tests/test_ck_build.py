@@ -79,6 +79,8 @@ def test_a_source_says_what_its_name_says(name: str) -> None:
     assert unit.instance.archs == ARCHS
     for variant, flag in (("varlen", "kVarlen"), ("masked", "kMasked"), ("alibi", "kAlibi")):
         assert f"{flag} = {str(variant in name).lower()};" in text
+    rounded = "#define CK_TILE_FMHA_FLOAT_TO_FLOAT16_RTN 1"
+    assert (rounded in text.partition("#include")[0]) == name.startswith("forward_fp16")
     assert ("Bf16" in text) == ("bf16" in name)
     assert f"Status {name}(" in text
 
@@ -321,6 +323,7 @@ def test_a_library_is_found_by_its_cache_folder(tmp_path: pathlib.Path, monkeypa
         ({"softcap": 3.0, "needs_grad": True}, "softcap has no backward"),
         ({"softcap": 3.0, "alibi": True}, "softcap and alibi are not combined"),
         ({"sinks": True}, "sinks is not implemented"),
+        ({"seqlen_k": (1 << 16) + 1, "alibi": True}, "alibi over more than 65536 positions"),
         ({"seqlen_k": 1 << 23}, "a sequence of 2 GiB or more"),
         ({"headdim": 200}, "no instance of the library runs the forward: expected forward_bf16_d200_dense or"),
         ({"needs_grad": True, "alibi": True}, "runs the backward: expected backward_bf16_d128_dense_masked_alibi"),

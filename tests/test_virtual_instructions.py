@@ -259,14 +259,15 @@ def test_mode_keeps_denormals() -> None:
     """Between the two, as compiled divisions have them, and not around."""
     values = {"v4": 1, "v5": 0}
     add = "v_add_f32_e32 v{}, v4, v5"
-    lines = [add.format(0), SET_MODE, add.format(1), RESET_MODE, add.format(2)]
+    to_nearest = SET_MODE.replace("4, 2), 3", "2, 2), 0")  # which changes nothing
+    lines = [add.format(0), SET_MODE, to_nearest, add.format(1), RESET_MODE, add.format(2)]
     found = execute("\n".join(lines), values, flush_f32=True)
     assert [register(found, f"v{number}") for number in range(3)] == [{0}, {1}, {0}]
 
 
 @pytest.mark.parametrize(
     ("instruction", "words"),
-    [(SET_MODE, "ends in another mode"), (SET_MODE.replace("4, 2), 3", "0, 2), 1"), "only 0 and 3")],
+    [(SET_MODE, "ends in another mode"), (SET_MODE.replace("4, 2), 3", "2, 2), 3"), "only 0 and 3")],
 )
 def test_other_modes_are_not_supported(instruction: str, words: str) -> None:
     with pytest.raises(UnsupportedInstruction, match=words):

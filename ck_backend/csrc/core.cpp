@@ -27,6 +27,14 @@ constexpr std::int64_t kMaxStride = 0x7fffffff;
 bool fits(const Matrix& x) { return x.batch <= kMaxStride && x.row <= kMaxStride && x.head <= kMaxStride; }
 bool fits(const Rows& x) { return x.batch <= kMaxStride && x.head <= kMaxStride; }
 
+// Under a causal mask alone, Composable Kernel adds slope * column for ALiBi: the same output, but an LSE that is off by
+// slope * row.  A window that hides nothing more makes it add the distances that the LSE is to have.
+void widen_alibi(Shape& shape)
+{
+    if(shape.alibi_slopes != nullptr && shape.window_left < 0)
+        shape.window_left = shape.seqlen_q + shape.seqlen_k;
+}
+
 Status check(int number, const Shape& shape)
 {
     if(number < 0 || number >= instance_count)
@@ -42,8 +50,10 @@ Status check(int number, const Shape& shape)
 
 } // namespace
 
-Status forward(int number, const ForwardParams& params)
+Status forward(int number, const ForwardParams& given)
 {
+    ForwardParams params = given;
+    widen_alibi(params.shape);
     if(const Status status = check(number, params.shape); status != Status::ok)
         return status;
     if(instances[number].forward == nullptr)
@@ -53,8 +63,10 @@ Status forward(int number, const ForwardParams& params)
     return instances[number].forward(params);
 }
 
-Status backward(int number, const BackwardParams& params, Step step)
+Status backward(int number, const BackwardParams& given, Step step)
 {
+    BackwardParams params = given;
+    widen_alibi(params.shape);
     if(const Status status = check(number, params.shape); status != Status::ok)
         return status;
     if(instances[number].backward == nullptr)

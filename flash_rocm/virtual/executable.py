@@ -39,7 +39,8 @@ _BARRIERS = ("s_barrier", "s_barrier_wait")
 _ENDS = ("s_endpgm", "s_branch", *_BARRIERS)
 _SET_MODE = "s_setreg_imm32_b32"
 #: Bits 4 and 5 of MODE are about denormals of float32: 0 flushes, 3 keeps them.  LLVM turns them on for a division.
-_F32_DENORMALS = re.compile(r"hwreg\(HW_REG_MODE, 4, 2\), (?:0x)?([03])$")
+#: Bits 2 and 3 are the rounding of float16: 0, to nearest even, is what a kernel starts with.
+_MODES = re.compile(r"hwreg\(HW_REG_MODE, (?:4, 2\), ([03])|2, 2\), 0)$")
 _CONDITIONAL = tuple(f"s_cbranch_{test}" for test in ("scc0", "scc1", "vccz", "vccnz", "execz", "execnz"))
 
 
@@ -165,10 +166,12 @@ class Executable:
 
 def _in_mode(descriptor: Descriptor, instruction: Instruction) -> Descriptor:
     """The descriptor with the mode that an instruction sets."""
-    found = _F32_DENORMALS.search(instruction.text)
+    found = _MODES.search(instruction.text)
     if found is None:
-        raise UnsupportedInstruction(f"{instruction.text!r}: only 0 and 3 for hwreg(HW_REG_MODE, 4, 2)")
-    return dataclasses.replace(descriptor, flush_f32=found.group(1) == "0")
+        raise UnsupportedInstruction(
+            f"{instruction.text!r}: only 0 and 3 for hwreg(HW_REG_MODE, 4, 2), and 0 for hwreg(HW_REG_MODE, 2, 2)"
+        )
+    return descriptor if found.group(1) is None else dataclasses.replace(descriptor, flush_f32=found.group(1) == "0")
 
 
 _EXECUTABLES: weakref.WeakKeyDictionary[CodeObject, Executable] = weakref.WeakKeyDictionary()

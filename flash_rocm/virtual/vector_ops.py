@@ -77,6 +77,14 @@ def _u24(x: Any) -> Any:
     return x & u(0xFFFFFF)
 
 
+def sad_u16(a: Any, b: Any, total: Any) -> Any:
+    """The distances of the two halves of a and b, added to a total of 32 bits."""
+    for shift in (0, 16):
+        x, y = a >> u(shift) & u(0xFFFF), b >> u(shift) & u(0xFFFF)
+        total = total + (np.maximum(x, y) - np.minimum(x, y))
+    return total
+
+
 def bfe_u32(value: Any, offset: Any, width: Any) -> Any:
     """Bits [offset, offset + width)."""
     width = width & u(31)
@@ -185,6 +193,7 @@ _SIMPLE: dict[str, tuple[str, Callable[..., Any]]] = {
     "v_perm_b32": ("uuu", perm),
     "v_alignbit_b32": ("uuu", alignbit),
     "v_alignbyte_b32": ("uuu", lambda a, b, c: alignbit(a, b, (c & u(3)) * u(8))),
+    "v_sad_u16": ("uuu", sad_u16),
     "v_add3_u32": ("uuu", lambda a, b, c: a + b + c),
     "v_add_lshl_u32": ("uuu", lambda a, b, c: (a + b) << (c & u(31))),
     "v_lshl_add_u32": ("uuu", lambda a, b, c: (a << (b & u(31))) + c),
