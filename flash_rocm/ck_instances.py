@@ -70,8 +70,14 @@ class CkLibrary:
 
     def find(self, kernel: str, problem: AttentionProblem, arch: str) -> int | None:
         """Number of the instance that runs one direction of a problem: the smallest head dim, then the first."""
-        found = [n for n, instance in enumerate(self.instances) if instance.takes(kernel, problem, arch)]
-        return min(found, key=lambda n: (self.instances[n].headdim + self.instances[n].headdim_v, n), default=None)
+        return _find(self, kernel, problem, arch)
+
+
+@functools.lru_cache(maxsize=4096)  # each launch asks
+def _find(library: CkLibrary, kernel: str, problem: AttentionProblem, arch: str) -> int | None:
+    instances = library.instances
+    found = [n for n, instance in enumerate(instances) if instance.takes(kernel, problem, arch)]
+    return min(found, key=lambda n: (instances[n].headdim + instances[n].headdim_v, n), default=None)
 
 
 def describe(problem: AttentionProblem, arch: str, library: CkLibrary | None) -> list[str]:

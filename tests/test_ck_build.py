@@ -259,6 +259,20 @@ def test_setup_says_what_is_wrong() -> None:
     assert "FLASH_ROCM_BUILD=ck: FLASH_ROCM_ARCHS: expected archs with ck entries" in child.stderr
 
 
+def test_make_says_which_tools_are_missing(tmp_path: pathlib.Path) -> None:
+    for name in ("make", "id", "paste"):
+        found = shutil.which(name)
+        if found is None:
+            pytest.skip(f"needs {name}")
+        (tmp_path / name).symlink_to(found)
+    root = pathlib.Path(__file__).parent.parent
+    variables = runtime.subprocess_environment(PATH=str(tmp_path))
+    child = subprocess.run(["make", "-s", "ck-tools"], cwd=root, env=variables, capture_output=True, text=True)
+    assert child.returncode != 0
+    assert "make ck needs clang++-22 ld.lld-22 llvm-as-22 llvm-objdump-22 clang-offload-bundler-22: " in child.stdout
+    assert "apt-get install clang-22 lld-22 llvm-22 clang-tools-22" in child.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
