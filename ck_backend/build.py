@@ -107,15 +107,15 @@ def _find(*names: str, hint: str) -> str:
 
 def _find_rocm(home: str, stand_in: pathlib.Path) -> tuple[pathlib.Path, str]:
     """A ROCm and its compiler: that of ``ROCM_HOME``, that of /opt/rocm, or the stand-in with LLVM's clang."""
-    for root in (pathlib.Path(home or "/opt/rocm"),):
-        for compiler in ("lib/llvm/bin/clang++", "llvm/bin/clang++", "bin/amdclang++"):
-            if (root / compiler).is_file() and (root / "include/hip/hip_runtime.h").is_file():
-                return root, str(root / compiler)
-        if home:
-            raise BuildError(
-                f"ROCM_HOME: expected a ROCm with include/hip/hip_runtime.h and lib/llvm/bin/clang++, got {home!r}. "
-                "Hint: unset it to compile without ROCm"
-            )
+    root = pathlib.Path(home or "/opt/rocm")
+    for inside in ("lib/llvm/bin/clang++", "llvm/bin/clang++", "bin/amdclang++"):
+        if (root / inside).is_file() and (root / "include/hip/hip_runtime.h").is_file():
+            return root, str(root / inside)
+    if home:
+        raise BuildError(
+            f"ROCM_HOME: expected a ROCm with include/hip/hip_runtime.h and lib/llvm/bin/clang++, got {home!r}. "
+            "Hint: unset it to compile without ROCm"
+        )
     compiler = _find("clang++-22", "clang++", hint="apt-get install clang-22 lld-22 llvm-22 clang-tools-22")
     check_clang(compiler)
     for tool in ("clang-offload-bundler", "ld.lld"):

@@ -202,7 +202,8 @@ def test_another_wheel_stops_the_build(tmp_path: pathlib.Path, monkeypatch: pyte
 
 def test_no_source_at_all(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(composable_kernel, "CLONE", tmp_path / "no clone")
-    monkeypatch.setattr(composable_kernel, "WHEEL", "amd-aiter==0.0.0.does.not.exist")
+    monkeypatch.setattr(composable_kernel, "WHEEL", "amd-aiter==0.0.0")
+    monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(composable_kernel.SourceError, match="from PyPI, found none"):
         composable_kernel.find("", tmp_path / "wheel")
 
@@ -232,8 +233,43 @@ def test_rocm_root_without_triton_or_llvm(tmp_path: pathlib.Path, monkeypatch: p
     with pytest.raises(rocm_root.RocmRootError, match="expected the triton package"):
         rocm_root.make(tmp_path / "rocm")
     monkeypatch.setenv("PATH", str(tmp_path))
+    triton_amd(tmp_path / "amd")
     with pytest.raises(rocm_root.RocmRootError, match="expected llvm-as-22, found none"):
-        rocm_root.make(tmp_path / "rocm", amd=tmp_path)
+        rocm_root.make(tmp_path / "rocm", amd=tmp_path / "amd")
+
+
+def triton_amd(folder: pathlib.Path) -> None:
+    """What the root is made of, of no use to a compiler."""
+    texts = {
+        "include/hip/hip_runtime.h": "",
+        "include/hip/hip_version.h": "#define HIP_VERSION_MAJOR 7\n#define HIP_VERSION_MINOR 1\n",
+        "lib/ocml.bc": "",
+        "lib/ockl.bc": "",
+    }
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def test_rocm_root_is_made_once_for_each_triton(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an assembler that writes nothing but the file."""
+    made: list[str] = []
+
+    def assemble(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        made.append(command[2])
+        pathlib.Path(command[2]).touch()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(rocm_root.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(rocm_root.subprocess, "run", assemble)
+    for name in ("one", "other"):
+        triton_amd(tmp_path / name)
+    root = tmp_path / "rocm"
+    for amd, count in (("one", 20), ("one", 20), ("other", 40)):
+        assert rocm_root.make(root, tmp_path / amd) == root
+        assert len(made) == count
+    assert (root / "share/hip/version").read_text().startswith("HIP_VERSION_MAJOR=7\nHIP_VERSION_MINOR=1\n")
+    assert (root / "include/hip/hip_fp16.h").is_file() and (root / "amdgcn/bitcode/oclc_abi_version_600.bc").is_file()
 
 
 @dataclasses.dataclass

@@ -49,7 +49,7 @@ def _constant(name: str, kind: str, value: int) -> str:
 
 
 def make(folder: pathlib.Path, amd: pathlib.Path | None = None) -> pathlib.Path:
-    """Fill a folder, unless it is complete already, and return it.
+    """Fill a folder, unless it is complete already and of the same Triton, and return it.
 
     Args:
         amd: ``backends/amd`` of Triton; default: that of the installed one.
@@ -57,9 +57,10 @@ def make(folder: pathlib.Path, amd: pathlib.Path | None = None) -> pathlib.Path:
     Raises:
         RocmRootError: Triton or LLVM's assembler is not here.
     """
-    if (folder / _READY).is_file():
+    amd, ready = amd or _triton_amd(), folder / _READY
+    made_of = f"{amd} {(amd / 'lib/ocml.bc').stat().st_mtime_ns}\n"
+    if ready.is_file() and ready.read_text() == made_of:
         return folder
-    amd = amd or _triton_amd()
     if shutil.which(LLVM_AS) is None:
         raise RocmRootError(f"expected {LLVM_AS}, found none. Hint: apt-get install llvm-22 clang-22 lld-22")
     bitcode = folder / "amdgcn" / "bitcode"
@@ -77,7 +78,7 @@ def make(folder: pathlib.Path, amd: pathlib.Path | None = None) -> pathlib.Path:
         done = subprocess.run(command, input=text, text=True, capture_output=True)
         if done.returncode:
             raise RocmRootError(f"{LLVM_AS} failed on {name}: {done.stderr.strip()}")
-    (folder / _READY).touch()
+    ready.write_text(made_of)
     return folder
 
 
