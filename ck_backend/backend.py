@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -17,6 +18,8 @@ from . import library, virtual
 #: Steps of a backward, as csrc/flash_ck.h numbers them.
 _DELTA, _GRADIENTS, _CONVERT = range(3)
 _MAX_STRIDE = (1 << 31) - 1
+#: Rows of dq that one workgroup converts: kRows of csrc/backward.hpp.
+_CONVERTED_ROWS = 64
 
 
 def _instance(kernel: str, problem: AttentionProblem, device: torch.device) -> tuple[int, CkInstance, Any]:
@@ -84,6 +87,21 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
     return out, softmax_lse
 
 
+def _dq_acc(problem: AttentionProblem, softmax_lse: torch.Tensor, splits: int) -> torch.Tensor:
+    """Zeros to sum dq up in: (splits, batch, seqlen_q, nheads, headdim) or (splits, total_q, nheads, headdim) float32.
+
+    All of a head lies together, for its parts are addressed with 32 bits from its first.  Of a sequence without keys,
+    which varlen batches may have, the conversion reads two parts, in blocks of rows with no end: there has to be
+    something behind the last.
+    """
+    splits = max(splits, 2) if problem.varlen else splits
+    *outer, rows = softmax_lse.shape
+    shape = (*outer, splits, rows, problem.headdim)
+    behind = _CONVERTED_ROWS * problem.headdim if problem.varlen else 0
+    zeros = softmax_lse.new_zeros(math.prod(shape) + behind)[: math.prod(shape)].view(shape)
+    return zeros.movedim(-3, 0).transpose(-2, -3)
+
+
 def backward(
     problem: AttentionProblem,
     inputs: AttentionInputs,
@@ -107,9 +125,7 @@ def backward(
     shape_k = (*k.shape[:-2], problem.nheads)
     dk = _new(k, (*shape_k, problem.headdim), problem.varlen)
     dv = _new(v, (*shape_k, problem.headdim_v), problem.varlen)
-    splits = operators.dq_splits(number, problem.seqlen_k)
-    # One head's rows lie together, and the head before the rows: (splits, batch, seqlen_q, nheads, headdim) to look at.
-    dq_acc = q.new_zeros((splits, *softmax_lse.shape, problem.headdim), dtype=torch.float32).transpose(-2, -3)
+    dq_acc = _dq_acc(problem, softmax_lse, operators.dq_splits(number, problem.seqlen_k))
     optional = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, slopes)
     tensors = (q, k, v, out, dout, softmax_lse, delta, dq_acc, dq, dk, dv, *optional)
     lengths = (problem.seqlen_q, problem.seqlen_k)

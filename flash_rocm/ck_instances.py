@@ -162,6 +162,11 @@ def refusals(problem: AttentionProblem, arch: str, library: CkLibrary | None) ->
         reasons.append("softcap and alibi are not combined in Composable Kernel")
     if problem.alibi and max(problem.seqlen_q, problem.seqlen_k) > _MAX_ALIBI_SEQLEN:
         reasons.append(f"alibi over more than {_MAX_ALIBI_SEQLEN} positions, whose distances are 16-bit numbers there")
+    if problem.needs_grad and problem.deterministic:
+        # Blocks of 64 keys, the smallest that there are, have a part of dq each.
+        part = -(-problem.seqlen_k // 64) * problem.seqlen_q * problem.headdim
+        if part >= 1 << 29 or problem.batch * problem.nheads * part >= 1 << 31:
+            reasons.append("deterministic, with parts of dq that are too large for Composable Kernel's 32-bit strides")
     row = problem.nheads * max(problem.headdim, problem.headdim_v)
     if 2 * row * max(problem.seqlen_q, problem.seqlen_k) >= _MAX_SEQUENCE_BYTES:
         reasons.append("a sequence of 2 GiB or more, which Composable Kernel addresses with 32 bits")

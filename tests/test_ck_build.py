@@ -374,6 +374,10 @@ def test_a_library_is_found_by_its_cache_folder(tmp_path: pathlib.Path, monkeypa
         ({"softcap": 3.0, "alibi": True}, "softcap and alibi are not combined"),
         ({"sinks": True}, "sinks is not implemented"),
         ({"seqlen_k": (1 << 16) + 1, "alibi": True}, "alibi over more than 65536 positions"),
+        (
+            {"seqlen_q": 1 << 14, "seqlen_k": 1 << 14, "deterministic": True, "needs_grad": True},
+            "deterministic, with parts",
+        ),
         ({"seqlen_k": 1 << 23}, "a sequence of 2 GiB or more"),
         ({"headdim": 200}, "no instance of the library runs the forward: expected forward_bf16_d200_dense or"),
         ({"needs_grad": True, "alibi": True}, "runs the backward: expected backward_bf16_d128_dense_masked_alibi"),
