@@ -12,7 +12,18 @@ import numpy as np
 
 from flash_rocm.amdgpu.assembly import Instruction
 
-from . import buffer_ops, float_ops, global_ops, lds_ops, matrix_ops, packed_ops, rdna_ops, scalar_ops, vector_ops
+from . import (
+    buffer_ops,
+    division_ops,
+    float_ops,
+    global_ops,
+    lds_ops,
+    matrix_ops,
+    packed_ops,
+    rdna_ops,
+    scalar_ops,
+    vector_ops,
+)
 from .builder import Builder, Handler
 from .code_object import CodeObject, Descriptor
 from .errors import UnsupportedInstruction
@@ -24,6 +35,7 @@ from .scalar_ops import CACHE_CONTROL
 #: Modules that fill the table of instructions.
 TABLES = (
     buffer_ops,
+    division_ops,
     float_ops,
     global_ops,
     lds_ops,
