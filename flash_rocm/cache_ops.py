@@ -17,7 +17,7 @@ from flash_rocm.ops import is_watched
 from flash_rocm.problem import AttentionProblem, CacheInputs, accumulate_dtype, is_plain, lse_shape
 
 #: Tensors of both operators, in the order of their schemas.
-_ATTEND = tuple(name for name in CacheInputs._fields if name not in ("k_new", "v_new"))
+_ATTEND = tuple(name for name in CacheInputs._fields if name not in ("k_new", "v_new", "layout"))
 _APPEND = (
     *("k_new", "v_new", "k", "v", "rotary_cos", "rotary_sin", "cu_seqlens_k_new", "seqused_k", "rotary_seqlens"),
     *("cache_batch_idx", "block_table"),
@@ -99,10 +99,11 @@ _DECIDED_MAX = 4096
 
 def _decide(kind: str, inputs: CacheInputs, scalars: tuple[Any, ...]) -> Decision:
     request = scalars[-1] or virtual_device.request_on(inputs.q.device)
-    shapes = tuple(None if x is None else x.shape for x in inputs)
-    key = (kind, shapes, inputs.q.dtype, inputs.q.device, scalars, request)
+    key = (kind, inputs.layout, scalars, request)
     found = _decided.get(key)
     if found is None:
+        if kind == "append" and inputs.k_new is not None:
+            inputs = inputs._replace(q=inputs.k_new)
         problem = problem_of(inputs, scalars) if kind == "attend" else _append_problem(inputs, scalars)
         if len(_decided) >= _DECIDED_MAX:
             _decided.clear()
@@ -112,8 +113,12 @@ def _decide(kind: str, inputs: CacheInputs, scalars: tuple[Any, ...]) -> Decisio
 
 
 def _attend(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = CacheInputs(**dict(zip(_ATTEND, args, strict=False)))
-    decision = _decide("attend", inputs, args[len(_ATTEND) :])
+    return _attend_to(CacheInputs(**dict(zip(_ATTEND, args, strict=False))), args[len(_ATTEND) :])
+
+
+def _attend_to(inputs: CacheInputs, scalars: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = inputs.with_layout()
+    decision = _decide("attend", inputs, scalars)
     if decision.is_empty:
         q = inputs.q
         lse = q.new_full(lse_shape(q), float("-inf"), dtype=accumulate_dtype(q.dtype))
@@ -128,8 +133,12 @@ def _attend_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _append(*args: Any) -> None:
     tensors = dict(zip(_APPEND, args, strict=False))
-    inputs = CacheInputs(q=tensors["k_new"], **tensors)
-    decision = _decide("append", inputs, args[len(_APPEND) :])
+    _append_to(CacheInputs(q=tensors["k_new"], **tensors), args[len(_APPEND) :])
+
+
+def _append_to(inputs: CacheInputs, scalars: tuple[Any, ...]) -> None:
+    inputs = inputs.with_layout()
+    decision = _decide("append", inputs, scalars)
     if not decision.is_empty:
         decision.run(decision.backend.append, inputs)
 
@@ -145,19 +154,19 @@ def _runs_directly(q: torch.Tensor) -> bool:
 
 def attention_cached(inputs: CacheInputs, scalars: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse over a K/V cache; scalars in the order of the schema."""
-    args = (*(getattr(inputs, name) for name in _ATTEND), *scalars)
     if _runs_directly(inputs.q):
-        return _attend(*args)
-    return torch.ops.flash_rocm.attention_cached.default(*args)
+        return _attend_to(inputs, scalars)
+    tensors = (getattr(inputs, name) for name in _ATTEND)
+    return torch.ops.flash_rocm.attention_cached.default(*tensors, *scalars)
 
 
 def append_kv(inputs: CacheInputs, max_seqlen_new: int, rotary_interleaved: bool, backend: str) -> None:
     """Write ``k_new`` and ``v_new`` into the caches ``k`` and ``v``, in place."""
-    args = (*(getattr(inputs, name) for name in _APPEND), max_seqlen_new, rotary_interleaved, backend)
+    scalars = (max_seqlen_new, rotary_interleaved, backend)
     if _runs_directly(inputs.q):
-        _append(*args)
+        _append_to(inputs, scalars)
     else:
-        torch.ops.flash_rocm.append_kv.default(*args)
+        torch.ops.flash_rocm.append_kv.default(*(getattr(inputs, name) for name in _APPEND), *scalars)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([inputs.k, inputs.v])
 

@@ -64,6 +64,15 @@ def check_inputs(inputs: CacheInputs, names: dict[str, str]) -> None:
         check_sink(inputs.sinks, q)
 
 
+def check_caches_can_change(inputs: CacheInputs, names: dict[str, str]) -> None:
+    """What a layout does not tell: new tokens are written in place, which no gradient survives."""
+    if inputs.k_new is not None and torch.is_grad_enabled():
+        for field, x in (("k", inputs.k), ("v", inputs.v)):
+            if x.requires_grad:
+                expected = "a tensor that needs no gradient, as tokens are appended"
+                raise invalid(names.get(field, field), expected, "requires_grad=True")
+
+
 def check_ranks(inputs: CacheInputs, names: dict[str, str]) -> None:
     """Ranks of all that has a capacity or a number of tokens; what other checks, and the host, compute with."""
     rank, rank_new = (3 if inputs.is_packed else 4), (4 if inputs.cu_seqlens_k_new is None else 3)
@@ -151,9 +160,6 @@ def _check_new(inputs: CacheInputs, batch: int, name: _Name) -> None:
     _check_like(name("v_new"), v_new, (*rows, heads, inputs.v.shape[-1]), q)
     if cu is None and k_new.shape[1] > inputs.capacity:
         raise invalid(name("k_new"), f"at most {inputs.capacity} tokens, what the cache holds", tuple(k_new.shape))
-    for field, x in (("k", inputs.k), ("v", inputs.v)):
-        if x.requires_grad and torch.is_grad_enabled():
-            raise invalid(name(field), "a tensor that needs no gradient, as tokens are appended", "requires_grad=True")
 
 
 def _check_rotary(inputs: CacheInputs, name: _Name) -> None:

@@ -134,7 +134,7 @@ class _Override(NamedTuple):
 
     variable: str
     where: str
-    options: dict[str, int]
+    options: dict[str, Any]
 
 
 @functools.cache
@@ -146,7 +146,11 @@ def _overrides(kernels: str | None, forward: str | None) -> dict[str, _Override]
         if isinstance(raw, dict) and "PRE_LOAD_V" in raw:
             runtime.warn_once(f"{_THEIRS}: PRE_LOAD_V has no counterpart in these kernels and changes nothing")
             raw = {key: value for key, value in raw.items() if key != "PRE_LOAD_V"}
-        found["forward"] = _Override(_THEIRS, _THEIRS, check_options(_THEIRS, "forward", raw, _THEIR_OPTIONS))
+        options: dict[str, Any] = check_options(_THEIRS, "forward", raw, _THEIR_OPTIONS)
+        if options:
+            # As its name says it is about Triton's kernel, whatever else a chip may have.
+            options["implementation"] = "triton"
+        found["forward"] = _Override(_THEIRS, _THEIRS, options)
     if kernels:
         ours = check_kernel_overrides(_OURS, parse(_OURS, kernels))
         if forward and "forward" in ours:

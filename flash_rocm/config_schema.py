@@ -15,7 +15,7 @@ VERSION = 1
 KERNELS = ("forward", "backward_dq", "backward_dkdv", "probs", "decode", "prefill", "mla")
 DTYPES = ("float16", "bfloat16", "float32")
 #: Each option and the values it may have.  Those of AMD's compiler take 0 for the compiler's default.
-OPTIONS: dict[str, tuple[int, ...]] = {
+OPTIONS: dict[str, tuple[Any, ...]] = {
     "BLOCK_M": (16, 32, 64, 128, 256, 512),
     "BLOCK_N": (16, 32, 64, 128, 256, 512),
     "BLOCK_K": (0, 16, 32, 64, 128, 256),
@@ -24,12 +24,13 @@ OPTIONS: dict[str, tuple[int, ...]] = {
     "waves_per_eu": tuple(range(17)),
     "matrix_instr_nonkdim": (0, 16, 32),
     "kpack": (0, 1, 2),
+    "implementation": ("triton", "gluon"),
 }
 REQUIRED_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 COMPILER_OPTIONS = ("num_warps", "num_stages", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
 #: What entries match by a range, and the smallest value there is.
 RANGES = {"headdim": 1, "seqlen": 1, "page_size": 0}
-FLAGS = ("causal", "masked", "varlen")
+FLAGS = ("causal", "masked", "varlen", "plain")
 MATCH_KEYS = ("dtype", *RANGES, *FLAGS)
 #: Smallest value of each limit; "R" may have a fraction.
 LIMITS = {"vgpr_spills": 0, "loop_scratch": 0, "waves_per_simd": 1, "R": 0, "oldest_spills": 0}
@@ -60,13 +61,16 @@ class Reach(NamedTuple):
     archs: tuple[str, ...] = ("",)
 
 
-#: Options that do not act everywhere: elsewhere 0 is all they can be.  ``generic.json`` serves any arch, so that
-#: only what acts on all of them may stand there.
+#: Values of options that ask for nothing special.
+_NEUTRAL = (None, 0, "triton")
+#: Options that do not act everywhere: elsewhere 0 (of implementation, "triton") is all they can be.
+#: ``generic.json`` serves any arch, so that only what acts on all of them may stand there.
 REACH = {
     "BLOCK_K": Reach(kernels=("forward", "backward_dq", "backward_dkdv")),
     "waves_per_eu": Reach(archs=("gfx",)),
     "matrix_instr_nonkdim": Reach(archs=("gfx9",)),
     "kpack": Reach(archs=("gfx90a", "gfx942")),
+    "implementation": Reach(kernels=("forward", "mla"), archs=("sm90",)),
 }
 
 
@@ -74,8 +78,10 @@ REACH = {
 class Facts:
     """What entries match on.
 
-    ``headdim`` is the padded one (a power of two, the larger of q's and v's), ``seqlen`` the longer side
-    rounded up to a power of two; ``masked``: a causal or a window mask applies; ``page_size`` 0: no pages.
+    ``headdim`` is the padded one (a power of two, the larger of q's and v's; where q has two parts, as in MLA, the
+    sum of both), ``seqlen`` the longer side rounded up to a power of two; ``masked``: a causal or a window mask
+    applies; ``page_size`` 0: no pages;
+    ``plain``: softmax of scaled scores and nothing else, in a layout of aligned 16-byte rows, not checked.
     """
 
     dtype: str
@@ -85,6 +91,7 @@ class Facts:
     masked: bool
     varlen: bool
     page_size: int = 0
+    plain: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +105,7 @@ class Match:
     causal: bool | None = None
     masked: bool | None = None
     varlen: bool | None = None
+    plain: bool | None = None
 
     def matches(self, facts: Facts) -> bool:
         return (
@@ -135,6 +143,7 @@ class Provenance:
 class KernelConfig:
     """Tuning of one Triton kernel.  Block sizes in rows and columns of the score matrix.
 
+    implementation: "gluon" is another kernel for the same, written in Triton's lower level for one chip.
     BLOCK_K: dims of the head that the products over it take at a time; 0: all, the left operand staying in
     registers.  waves_per_eu, matrix_instr_nonkdim and kpack are options of AMD's compiler, 0 for its default;
     :data:`REACH` says which chips they act on.
@@ -148,6 +157,7 @@ class KernelConfig:
     waves_per_eu: int = 0
     matrix_instr_nonkdim: int = 0
     kpack: int = 0
+    implementation: str = "triton"
     limits: Limits = dataclasses.field(default=Limits(), compare=False)
     provenance: Provenance = dataclasses.field(default=Provenance("first choice"), compare=False)
     source: str = dataclasses.field(default="", compare=False)
@@ -156,7 +166,7 @@ class KernelConfig:
         """Options of the compiler; 0, which is all that may stand where one does not act, says nothing to it."""
         return {name: getattr(self, name) for name in COMPILER_OPTIONS if getattr(self, name)}
 
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         """Every option by name."""
         return {name: getattr(self, name) for name in OPTIONS}
 
@@ -258,7 +268,7 @@ def check_options(where: str, kernel: str, raw: Any, allowed: Iterable[str] = tu
 
 def check_reach(where: str, kernel: str, options: Mapping[str, int], archs: Iterable[str] = ()) -> None:
     """Raise ConfigError for an option that the kernel, or one of the archs, would ignore."""
-    for key in (key for key in REACH if options.get(key)):
+    for key in (key for key in REACH if options.get(key) not in _NEUTRAL):
         reach = REACH[key]
         strangers = [arch for arch in archs if not arch.startswith(reach.archs)]
         if kernel not in reach.kernels:
@@ -268,7 +278,7 @@ def check_reach(where: str, kernel: str, options: Mapping[str, int], archs: Iter
         else:
             continue
         raise ConfigError(
-            f"{where}.{key}: expected 0 or no value, {who} does not use it, got {options[key]}. "
+            f"{where}.{key}: expected {OPTIONS[key][0]} or no value, {who} does not use it, got {options[key]}. "
             f"Hint: leave it out here, it acts {acts} only"
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from flash_rocm import cache_ops, cache_validation, runtime, validation, virtual_device
-from flash_rocm.problem import CacheInputs, accumulate_dtype, default_softmax_scale
+from flash_rocm.problem import CacheInputs, accumulate_dtype, are_plain, default_softmax_scale
 from flash_rocm.splits import MAX_SPLITS
 
 #: How the arguments of :func:`flash_attn_with_kvcache` are called.
@@ -155,7 +155,15 @@ def attend_cached(
         max_seqlen_k: the longest key sequence, with appended tokens; default: what the cache holds.
         max_seqlen_new: of varlen new tokens; default: all there are.
     """
-    cache_validation.check_inputs(inputs, names)
+    traced = torch.compiler.is_compiling()
+    if not traced and are_plain(inputs.tensors):
+        inputs = inputs.with_layout()
+    layout = inputs.layout
+    if layout is None or not layout.is_right:
+        cache_validation.check_inputs(inputs, names)
+        if layout is not None:
+            layout.is_right = True
+    cache_validation.check_caches_can_change(inputs, names)
     q = inputs.q
     scale = default_softmax_scale(q.shape[-1] + (inputs.v.shape[-1] if inputs.qv is not None else 0))
     scale = scale if softmax_scale is None else float(softmax_scale)
@@ -163,7 +171,8 @@ def attend_cached(
     num_splits = validation.check_num_splits(num_splits)
     attention_chunk = cache_validation.check_attention_chunk(attention_chunk)
     if inputs.sinks is not None:
-        inputs = inputs._replace(sinks=inputs.sinks.to(torch.float32).contiguous())
+        sinks = inputs.sinks.to(torch.float32).contiguous()
+        inputs = inputs if sinks is inputs.sinks else inputs._replace(sinks=sinks, layout=None)
     max_seqlen_q = q.shape[1] if max_seqlen_q is None else max_seqlen_q
     new = inputs.k_new
     if new is None:
@@ -171,7 +180,6 @@ def attend_cached(
     elif max_seqlen_new is None:
         max_seqlen_new = new.shape[0] if inputs.cu_seqlens_k_new is not None else new.shape[1]
     max_seqlen_k = inputs.capacity if max_seqlen_k is None else max_seqlen_k
-    traced = torch.compiler.is_compiling()
     request = runtime.override() if traced else virtual_device.request_on(q.device)
     if max_seqlen_new:
         cache_ops.append_kv(inputs, max_seqlen_new, bool(rotary_interleaved), request)
@@ -179,8 +187,8 @@ def attend_cached(
         *(max_seqlen_q, max_seqlen_k, max_seqlen_new, scale, left, 0 if causal else right, float(softcap)),
         *(attention_chunk, bool(rotary_interleaved), num_splits, request),
     )
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _WithoutBackward.apply(cache_ops.attention_cached, (inputs, scalars), _NO_BACKWARD, *inputs)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.tensors):
+        return _WithoutBackward.apply(cache_ops.attention_cached, (inputs, scalars), _NO_BACKWARD, *inputs.tensors)
     return cache_ops.attention_cached(inputs, scalars)
 
 

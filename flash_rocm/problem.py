@@ -51,6 +51,18 @@ def layout_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Layout:
     return found
 
 
+class CacheLayout:
+    """Like :class:`Layout`, for all tensors of a call over a K/V cache."""
+
+    __slots__ = ("launch", "is_right")
+
+    def __init__(self, launch: object) -> None:
+        #: An object that all layouts share which differ in nothing but numbers of sequences, queries and new tokens.
+        self.launch = launch
+        #: Whether validation has found all of it right.
+        self.is_right = False
+
+
 class AttentionInputs(NamedTuple):
     """Tensors of one call.
 
@@ -102,6 +114,16 @@ class CacheInputs(NamedTuple):
     block_table: torch.Tensor | None = None  # (batch, max_pages)
     alibi_slopes: torch.Tensor | None = None  # (nheads,) or (batch, nheads) float32
     sinks: torch.Tensor | None = None  # (nheads,) float32
+    layout: CacheLayout | None = None  # of all of them, where the caller has looked
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """All but the layout."""
+        return self[:-1]
+
+    def with_layout(self) -> CacheInputs:
+        """These tensors, all plain or None, and their layout."""
+        return CacheInputs(*self[:-1], cache_layout_of(self)) if self.layout is None else self
 
     @property
     def capacity(self) -> int:
@@ -114,6 +136,27 @@ class CacheInputs(NamedTuple):
     def is_packed(self) -> bool:
         """Whether k and v are packed sequences."""
         return self.cu_seqlens_k is not None and self.block_table is None
+
+
+_cache_layouts: dict[tuple[Any, ...], CacheLayout] = {}
+_launches: dict[tuple[Any, ...], object] = {}
+
+
+def cache_layout_of(inputs: CacheInputs) -> CacheLayout:
+    """The shared layout of a call whose tensors have these shapes, strides, dtypes and devices (all concrete)."""
+    facts = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in inputs.tensors]
+    key = tuple(facts)
+    found = _cache_layouts.get(key)
+    if found is None:
+        if len(_cache_layouts) >= _LAYOUTS_MAX:
+            _cache_layouts.clear()
+            _launches.clear()
+        rest = tuple(None if fact is None else fact[1:] for fact in facts)
+        table, cos = inputs.block_table, inputs.rotary_cos
+        # Slices, because nothing has been checked yet.
+        lengths = (inputs.k.shape[:2], table is None or table.shape[1:], cos is None or cos.shape[:1])
+        found = _cache_layouts[key] = CacheLayout(_launches.setdefault((rest, lengths), object()))
+    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -228,6 +271,14 @@ FEATURES = frozenset(
 def is_plain(x: torch.Tensor) -> bool:
     """Not of a subclass, which may have symbolic shapes or its own idea of every operator."""
     return type(x) is torch.Tensor or type(x) is torch.nn.Parameter
+
+
+_PLAIN_OR_ABSENT = {torch.Tensor, torch.nn.Parameter, type(None)}
+
+
+def are_plain(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """:func:`is_plain` of all that there are, in the least time."""
+    return _PLAIN_OR_ABSENT.issuperset(map(type, tensors))
 
 
 def dropout_threshold(dropout_p: float) -> int:

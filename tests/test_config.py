@@ -113,15 +113,19 @@ def test_schema_json_documents_what_is_checked() -> None:
         assert set(documented.get("required", ())) == required, name
         assert documented["additionalProperties"] is False, name
     assert {name: tuple(rule["enum"]) for name, rule in options["properties"].items()} == config_schema.OPTIONS
-    zero = {name: {"properties": {name: {"const": 0}}} for name in config_schema.REACH}
-    (restricted,) = (name for name, reach in config_schema.REACH.items() if reach.kernels != config_schema.KERNELS)
-    others = [name for name in config_schema.KERNELS if name not in config_schema.REACH[restricted].kernels]
-    assert entry["if"] == {"properties": {"kernel": {"enum": others}}}
-    assert entry["then"] == {"properties": {"options": zero[restricted]}}
+    unused = {name: {"properties": {name: {"const": config_schema.OPTIONS[name][0]}}} for name in config_schema.REACH}
+    assert entry["allOf"] == [
+        {
+            "if": {"properties": {"kernel": {"enum": [x for x in config_schema.KERNELS if x not in reach.kernels]}}},
+            "then": {"properties": {"options": unused[name]}},
+        }
+        for name, reach in config_schema.REACH.items()
+        if reach.kernels != config_schema.KERNELS
+    ]
     assert SCHEMA["allOf"] == [
         {
             "if": {"properties": {"arch": {"pattern": f"^({'|'.join(reach.archs)})"}}},
-            "else": {"properties": {"triton": {"items": {"properties": {"options": zero[name]}}}}},
+            "else": {"properties": {"triton": {"items": {"properties": {"options": unused[name]}}}}},
         }
         for name, reach in config_schema.REACH.items()
         if reach.archs != ("",)

@@ -43,7 +43,23 @@ def refusal(option: str, value: int, arch: str) -> str:
 
 
 def test_every_option_of_some_archs_is_tested() -> None:
-    assert set(OF_SOME_ARCHS) == {name for name, reach in config_schema.REACH.items() if reach.archs != ("",)}
+    restricted = {name for name, reach in config_schema.REACH.items() if reach.archs != ("",)}
+    assert {*OF_SOME_ARCHS, "implementation"} == restricted
+
+
+@pytest.mark.parametrize(
+    ("arch", "kernel", "text"),
+    [
+        ("sm80", "mla", "sm80 does not use it, got gluon. Hint: leave it out here, it acts on sm90* only"),
+        ("generic", "mla", "generic does not use it, got gluon. Hint: leave it out here, it acts on sm90* only"),
+        ("sm90", "decode", "decode does not use it, got gluon. Hint: leave it out here, it acts in forward, mla only"),
+    ],
+)
+def test_implementations_that_do_not_exist(arch: str, kernel: str, text: str, tmp_path: pathlib.Path) -> None:
+    wrong = ENTRY | {"kernel": kernel, "options": OPTIONS | {"implementation": "gluon"}}
+    source = write(tmp_path, arch, triton=[wrong])
+    start = f"{tmp_path}/{arch}.json: triton[0].options.implementation: expected triton or no value, "
+    assert_refused(source, arch, start + text)
 
 
 @pytest.mark.parametrize(("option", "value", "arch"), ACTS)

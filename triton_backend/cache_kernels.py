@@ -135,6 +135,33 @@ def visible_positions(
 
 
 @triton.jit
+def split_columns(
+    first_row, last_row, shift, cols_total, window_left, window_right, chunk, split, num_splits,
+    BLOCK_N: tl.constexpr, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Columns that one split of rows [first_row, last_row] has: masked [a, b), full [b, c), masked [c, d)."""
+    first_begin, first_end = visible_positions(
+        first_row, shift, cols_total, window_left, window_right, chunk, MASK_LEFT, MASK_RIGHT, CHUNK
+    )
+    last_begin, end = visible_positions(
+        last_row, shift, cols_total, window_left, window_right, chunk, MASK_LEFT, MASK_RIGHT, CHUNK
+    )
+    # Masked [begin, full_begin), full [full_begin, full_end), masked [full_end, end), all of this split.
+    begin = first_begin // BLOCK_N * BLOCK_N
+    tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)
+    tiles_per_split = tl.cdiv(tiles, num_splits)
+    begin += split * tiles_per_split * BLOCK_N
+    end = tl.maximum(tl.minimum(end, begin + tiles_per_split * BLOCK_N), begin)
+    full_begin = begin
+    if MASK_LEFT or CHUNK:
+        full_begin = tl.minimum(
+            tl.maximum(tl.cdiv(last_begin, BLOCK_N) * BLOCK_N, begin), tl.cdiv(end, BLOCK_N) * BLOCK_N
+        )
+    full_end = tl.maximum(tl.minimum(first_end, end) // BLOCK_N * BLOCK_N, full_begin)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
 def _attend(
     acc, row_sum, row_max, q, q2, k_ptr, k2_ptr, v_ptr, begin, end,
     rows, first_col, end_col, shift, seqlen_k, first_position, table_ptr, entries, batch, error_ptr,
@@ -272,24 +299,10 @@ def attn_cache_kernel(
     last_row = tl.minimum(block * BLOCK_M + BLOCK_M, rows_total * group_size) - 1
     last_row = last_row // group_size
 
-    first_begin, first_end = visible_positions(
-        first_row, shift, cols_total, window_left, window_right, chunk, MASK_LEFT, MASK_RIGHT, CHUNK
-    )
-    last_begin, end = visible_positions(
-        last_row, shift, cols_total, window_left, window_right, chunk, MASK_LEFT, MASK_RIGHT, CHUNK
-    )
-    # Masked [begin, full_begin), full [full_begin, full_end), masked [full_end, end), all of this split.
-    begin = first_begin // BLOCK_N * BLOCK_N
-    tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)
-    tiles_per_split = tl.cdiv(tiles, num_splits)
-    begin += split * tiles_per_split * BLOCK_N
-    end = tl.maximum(tl.minimum(end, begin + tiles_per_split * BLOCK_N), begin)
-    full_begin = begin
-    if MASK_LEFT or CHUNK:
-        full_begin = tl.minimum(
-            tl.maximum(tl.cdiv(last_begin, BLOCK_N) * BLOCK_N, begin), tl.cdiv(end, BLOCK_N) * BLOCK_N
-        )
-    full_end = tl.maximum(tl.minimum(first_end, end) // BLOCK_N * BLOCK_N, full_begin)
+    begin, full_begin, full_end, end = split_columns(
+        first_row, last_row, shift, cols_total, window_left, window_right, chunk, split, num_splits,
+        BLOCK_N, MASK_LEFT, MASK_RIGHT, CHUNK,
+    )  # fmt: skip
 
     batch64 = batch.to(tl.int64)
     if PAGE_SIZE > 0:

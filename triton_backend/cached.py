@@ -8,15 +8,26 @@ import torch
 
 from flash_rocm import cache_validation, runtime, virtual_device
 from flash_rocm.config_schema import KernelConfig
-from flash_rocm.problem import AttentionProblem, CacheInputs, lse_shape
+from flash_rocm.problem import AttentionProblem, CacheInputs, cache_layout_of, lse_shape
 from flash_rocm.runtime import Arch
 from flash_rocm.splits import choose_splits
 
 from .cache_kernels import attn_cache_kernel, attn_combine_kernel, kv_append_kernel
-from .launch import Call, Launcher, Tensors, divisor_of_strides, lse_strides_of, pointers_of, slopes_stride, strides_of
-from .plan import MAX_TILE_D, Plan, block_d, cache_plan, workgroups_per_cu
+from .launch import (
+    Call,
+    Launcher,
+    Tensors,
+    are_aligned,
+    divisor_of_strides,
+    lse_strides_of,
+    pointers_of,
+    slopes_stride,
+    strides_of,
+)
+from .mla_hopper import attn_mla_kernel
+from .plan import MAX_TILE_D, Plan, block_d, cache_plan, is_absorbed, is_plain, workgroups_per_cu
 
-ATTEND = Launcher(attn_cache_kernel)
+ATTEND = Launcher(attn_cache_kernel, attn_mla_kernel)
 COMBINE = Launcher(attn_combine_kernel)
 APPEND = Launcher(kv_append_kernel)
 #: Parts of a sequence that the combine kernel weighs at a time.
@@ -25,10 +36,6 @@ _BLOCK_S = 16
 
 def _first(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
-
-
-def _present(tensors: Tensors) -> tuple[bool, ...]:
-    return tuple(x is not None for x in tensors)
 
 
 def _error_buffer(inputs: CacheInputs) -> torch.Tensor | None:
@@ -56,12 +63,16 @@ def _is_same(x: torch.Tensor, y: torch.Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 
 
+def _is_plain(problem: AttentionProblem, strided: tuple[torch.Tensor, ...]) -> bool:
+    """See :class:`flash_rocm.config_schema.Facts`."""
+    return is_plain(problem) and not runtime.debug() and are_aligned(strided, tuple(map(strides_of, strided)))
+
+
 def splits_of(problem: AttentionProblem, device: torch.device) -> int:
     """Into how many parts keys are divided; see :class:`flash_rocm.backends.Backend`."""
     arch = virtual_device.arch_of(device)
-    # A head that is larger than a tile is absorbed MLA in one tensor, of which v is a part.
-    v_is_k2 = problem.qv or (problem.headdim > MAX_TILE_D and problem.headdim_v == MAX_TILE_D)
-    current = cache_plan(problem, arch, runtime.config_source(), v_is_k2)
+    # Of the tensors only their shapes are known here.
+    current = cache_plan(problem, arch, runtime.config_source(), is_absorbed(problem), is_plain(problem))
     return _splits(problem, current, arch)
 
 
@@ -81,14 +92,42 @@ def _splits(problem: AttentionProblem, current: Plan, arch: Arch) -> int:
     return choose_splits(problem.batch * problem.nheads_k * current.blocks, tiles, slots)
 
 
+class _Route:
+    """What a call takes that follows from its problem and layout; its identity keys launches."""
+
+    __slots__ = ("plan", "num_splits")
+
+    def __init__(self, problem: AttentionProblem, current: Plan, arch: Arch) -> None:
+        self.plan = current
+        self.num_splits = _splits(problem, current, arch)
+
+
+_routes: dict[tuple[Any, ...], _Route] = {}
+_ROUTES_MAX = 4096
+
+
+def _route_of(problem: AttentionProblem, inputs: CacheInputs, v_is_k2: bool, plain: bool) -> _Route:
+    configs = runtime.config_source()
+    layout = inputs.layout or cache_layout_of(inputs)
+    key = (problem, layout.launch, configs, v_is_k2, plain)
+    route = _routes.get(key)
+    if route is None:
+        arch = virtual_device.arch_of(inputs.q.device)
+        current = cache_plan(problem, arch, configs, v_is_k2, plain)
+        if len(_routes) >= _ROUTES_MAX:
+            _routes.clear()
+        route = _routes[key] = _Route(problem, current, arch)
+    return route
+
+
 def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse over a K/V cache; see :class:`flash_rocm.backends.Backend`."""
     q, v = inputs.q, inputs.v
-    arch, configs = virtual_device.arch_of(q.device), runtime.config_source()
     q_1, k_1, q_2, k_2 = _second_part(problem, inputs)
     v_is_k2 = k_2 is v or (q_2 is not q and _is_same(k_2, v))
-    current = cache_plan(problem, arch, configs, v_is_k2)
-    num_splits = _splits(problem, current, arch)
+    strided = (q_1, k_1, v, q_2)
+    route = _route_of(problem, inputs, v_is_k2, v_is_k2 and _is_plain(problem, strided))
+    num_splits = route.num_splits
     may_skip_rows = problem.varlen or inputs.seqused_q is not None
     out = _result(q, (*q.shape[:-1], problem.headdim_v), 0.0, may_skip_rows, q.dtype)
     lse = _result(q, lse_shape(q), float("-inf"), may_skip_rows, torch.float32)
@@ -107,17 +146,13 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
         *(inputs.block_table, errors),
     )
     pointers, facts = pointers_of(tensors)
-    strided = (q_1, k_1, v, q_2)
-    key = (
-        *(problem, tuple(x.stride() for x in strided), k_1.shape[:2], q.device, _first(inputs.block_table)),
-        *(_present(tensors), facts, configs, num_splits, v_is_k2, inputs.capacity),
-        *(inputs.alibi_slopes is None or inputs.alibi_slopes.stride(), _table_facts(inputs)),
-    )
+    key = (route, facts, errors is None)
     if not ATTEND.launch_known(key, [*pointers, *lse_strides]):
-        ATTEND.launch_new(key, _attend_call(problem, inputs, current, tensors, strided, lse_strides, num_splits))
+        call = _attend_call(problem, inputs, route.plan, tensors, strided, lse_strides, num_splits)
+        ATTEND.launch_new(key, call)
     _raise_reported(errors, inputs)
     if num_splits > 1:
-        _combine_parts(target, target_lse, out, lse)
+        _combine_parts(target, target_lse, out, lse, route)
     return out, lse
 
 
@@ -165,7 +200,9 @@ def _attend_call(
     return Call(current, programs, tensors, lse_strides, tuple(scalars), constants)
 
 
-def _combine_parts(out_partial: torch.Tensor, lse_partial: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+def _combine_parts(
+    out_partial: torch.Tensor, lse_partial: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, route: _Route
+) -> None:
     """Combine parts (..., nheads, num_splits[, headdim_v]) of dense or varlen rows into out and softmax_lse."""
     *_, rows, nheads, num_splits = lse_partial.shape
     dim_v, varlen = out.shape[-1], out.dim() == 3
@@ -177,6 +214,7 @@ def _combine_parts(out_partial: torch.Tensor, lse_partial: torch.Tensor, out: to
         (0 if varlen else rows * row, row, head, 1),
         rows,
         num_splits,
+        (route, rows),
     )
 
 
@@ -190,6 +228,7 @@ def combine(
     lse = lse_partial.new_empty(lse_partial.shape[1:])
     varlen = out.dim() == 3
     (split, *part), (lse_split, *lse_part) = out_partial.stride(), lse_partial.stride()
+    shape, kinds = out_partial.shape, (out_partial.dtype, out_dtype, out.device)
     _launch_combine(
         (out_partial, lse_partial, out, lse),
         (0 if varlen else lse.stride(0), lse.stride(-1), lse.stride(-2)),
@@ -197,6 +236,7 @@ def combine(
         (0 if varlen else lse_part[0], lse_part[-2], lse_part[-1], lse_split),
         out.shape[-3],
         out_partial.shape[0],
+        (shape, out_partial.stride(), lse_partial.stride(), kinds),
     )
     return out, lse
 
@@ -208,6 +248,7 @@ def _launch_combine(
     lse_partial_strides: tuple[int, int, int, int],
     rows: int,
     num_splits: int,
+    layout: tuple[Any, ...],
 ) -> None:
     """Launch the combine kernel.
 
@@ -215,18 +256,16 @@ def _launch_combine(
         tensors: out_partial, lse_partial, out, softmax_lse.
         lse_strides, out_partial_strides, lse_partial_strides: of (batch, head, row), (batch, row, head, split) twice.
         rows: of one batch.
+        layout: what all else, but the first two strides of softmax_lse, follows from.
     """
-    out = tensors[2]
-    nheads, headdim_v = out.shape[-2:]
     pointers, facts = pointers_of(tensors)
     fresh = (lse_strides[0], lse_strides[1])
-    programs = out.shape[:-1].numel()
-    key = (
-        *(tensors[0].dtype, out.dtype, out.device, lse_strides[2], out_partial_strides, lse_partial_strides),
-        *(rows, nheads, headdim_v, num_splits, programs, facts),
-    )
+    key = (layout, facts)
     if COMBINE.launch_known(key, [*pointers, *fresh]):
         return
+    out = tensors[2]
+    nheads, headdim_v = out.shape[-2:]
+    programs = out.shape[:-1].numel()
     constants = {
         "HEADDIM_V": headdim_v,
         "BLOCK_DV": block_d(headdim_v),
@@ -255,21 +294,17 @@ def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
         *(inputs.seqused_k, inputs.rotary_seqlens, inputs.cache_batch_idx, inputs.block_table, errors),
     )
     pointers, facts = pointers_of(tensors)
-    strided = (k_new, v_new, inputs.k, inputs.v)
-    strides = tuple(strides_of(x) for x in strided)
-    key = (
-        *(problem, strides, inputs.k.shape[:2], k_new.device, _first(inputs.block_table), _present(tensors), facts),
-        *(inputs.capacity, _table_facts(inputs)),
-    )
-    vec = divisor_of_strides(strides, k_new.element_size())
-    fresh = (strides[0][0] // vec, strides[0][1] // vec)
-    if not APPEND.launch_known(key, [*pointers, *fresh]):
+    layout = inputs.layout or cache_layout_of(inputs)
+    key = (problem, layout.launch, facts, errors is None)
+    if not APPEND.launch_known(key, pointers):
+        strides = tuple(strides_of(x) for x in (k_new, v_new, inputs.k, inputs.v))
+        vec = divisor_of_strides(strides, k_new.element_size())
         block_t = min(16, 1 << (max(problem.seqlen_new, 1) - 1).bit_length())
         blocks = -(-problem.seqlen_new // block_t)
         rotary_stride, max_position = _table_facts(inputs)
         units = [stride // vec for tensor in strides for stride in tensor]
         scalars = (
-            *units[2:], _first(inputs.block_table), rotary_stride, max_position, problem.nheads_k, problem.seqlen_k,
+            *units, _first(inputs.block_table), rotary_stride, max_position, problem.nheads_k, problem.seqlen_k,
             problem.seqlen_new, inputs.capacity, inputs.k.shape[0], blocks,
         )  # fmt: skip
         constants = {
@@ -285,7 +320,6 @@ def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
             "CHECKED": errors is not None,
         }
         programs = blocks * problem.batch * problem.nheads_k
-        APPEND.launch_new(
-            key, Call(_fixed_plan("append", constants, 4 if block_t > 1 else 1), programs, tensors, fresh, scalars, {})
-        )
+        current = _fixed_plan("append", constants, 4 if block_t > 1 else 1)
+        APPEND.launch_new(key, Call(current, programs, tensors, (), scalars, {}))
     _raise_reported(errors, inputs)

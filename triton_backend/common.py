@@ -71,7 +71,7 @@ def sequence_bounds(cu_seqlens_ptr, batch, seqlen, VARLEN: tl.constexpr):
     if VARLEN:
         start = tl.load(cu_seqlens_ptr + batch)
         return start, tl.load(cu_seqlens_ptr + batch + 1) - start
-    return tl.zeros((), tl.int32), seqlen
+    return tl.cast(0, tl.int32), seqlen
 
 
 @triton.jit
@@ -143,8 +143,8 @@ def store_tile(ptrs, value, rows, row_limit, dims, HEADDIM: tl.constexpr, BLOCK_
 @triton.jit
 def visible_keys(rows, shift, seqlen_k, window_left, window_right, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr):
     """First and last column that each row sees."""
-    first = tl.zeros_like(rows)
-    last = tl.zeros_like(rows) + (seqlen_k - 1)
+    first = rows * 0
+    last = rows * 0 + (seqlen_k - 1)
     if MASK_LEFT:
         first = rows + shift - window_left
     if MASK_RIGHT:

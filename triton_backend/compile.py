@@ -9,6 +9,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from flash_rocm.runtime import Arch
 
@@ -75,7 +76,8 @@ def source_for(
     chosen, signature, constexprs, attrs = function._pack_args(
         triton.compiler.make_backend(target_of(arch)), dict(options), bound, specialisation, None
     )
-    return ASTSource(function, signature, constexprs, attrs), dict(chosen.__dict__)
+    source = GluonASTSource if function.is_gluon() else ASTSource
+    return source(function, signature, constexprs, attrs), dict(chosen.__dict__)
 
 
 def compile_for(

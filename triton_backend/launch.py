@@ -17,8 +17,9 @@ from . import prebuilt, virtual
 from .backward_kernels import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel
 from .common import INTERPRET
 from .compile import BUFFER_BYTES
+from .forward_hopper import attn_fwd_hopper_kernel
 from .forward_kernel import attn_fwd_kernel
-from .plan import Plan, plan
+from .plan import Plan, is_plain, plan
 from .probs_kernel import attn_probs_kernel
 
 _KNOWN_MAX = 4096
@@ -37,7 +38,7 @@ class Call(NamedTuple):
     plan: Plan
     programs: int  # workgroups
     tensors: Tensors
-    lse_strides: tuple[int, int]
+    lse_strides: tuple[int, ...]  # two, or none
     scalars: tuple[int | float, ...]  # behind the strides of softmax_lse; they follow from problem and strides
     constants: dict[str, Any]  # VEC, WIDE and what else does not follow from the problem
 
@@ -63,8 +64,10 @@ class Launcher:
     run-time numbers follow from; a known key launches without looking at anything again.
     """
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, gluon: Any = None) -> None:
         self.kernel = kernel
+        #: By the implementation that a config asks for.
+        self._kernels = {"triton": kernel, "gluon": gluon}
         self._known: dict[tuple[Any, ...], _Known] = {}
         #: Triton's hashes of the compiled kernels that were launched.
         self.compiled: set[str] = set()
@@ -100,17 +103,18 @@ class Launcher:
                 f"{int(INTERPRET.value)}, got {int(runtime.triton_interpret())}. Hint: set it before Python starts."
             )
         current, programs, tensors = call.plan, call.programs, call.tensors
+        kernel = self.kernel_of(current)
         tail = self.tail_of(call)
         device = tensors[0].device  # type: ignore[union-attr]
         if device.type == "cpu" and virtual_device.active() is not None:
-            names = self.kernel.arg_names[len(tensors) + len(call.lse_strides) :]
+            names = kernel.arg_names[len(tensors) + len(call.lse_strides) :]
             constants = dict(zip(names, tail, strict=True))
-            virtual.launch(self.kernel, current, programs, tensors, (*call.lse_strides, *call.scalars), constants)
+            virtual.launch(kernel, current, programs, tensors, (*call.lse_strides, *call.scalars), constants)
             return
         # Triton launches on the current device, which need not be that of the tensors.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(), prebuilt.in_use():
             try:
-                compiled = self.kernel[(programs,)](*tensors, *call.lse_strides, *tail, **current.options)
+                compiled = kernel[(programs,)](*tensors, *call.lse_strides, *tail, **current.options)
             except triton.OutOfResources as error:
                 raise current.too_large(error.name, error.limit, error.required) from error
         if not INTERPRET.value:
@@ -120,16 +124,21 @@ class Launcher:
                     self._known.clear()
                 self._known[key] = _Known(compiled, device.index, programs, tail)
 
+    def kernel_of(self, current: Plan) -> Any:
+        """The Triton function of a plan's implementation."""
+        return self._kernels[current.config.implementation]
+
     def tail_of(self, call: Call) -> tuple[Any, ...]:
         """Arguments of the kernel behind the strides of softmax_lse: run-time numbers, then constants."""
         values = {**call.plan.constants, **call.constants}
-        names = self.kernel.arg_names[len(call.tensors) + len(call.lse_strides) + len(call.scalars) :]
+        arguments = self.kernel_of(call.plan).arg_names
+        names = arguments[len(call.tensors) + len(call.lse_strides) + len(call.scalars) :]
         return (*call.scalars, *(values[name] for name in names))
 
 
 #: The kernels by the names that configs use.
 KERNELS = {
-    "forward": Launcher(attn_fwd_kernel),
+    "forward": Launcher(attn_fwd_kernel, attn_fwd_hopper_kernel),
     "backward_dq": Launcher(attn_bwd_dq_kernel),
     "backward_dkdv": Launcher(attn_bwd_dkdv_kernel),
     "probs": Launcher(attn_probs_kernel),
@@ -177,8 +186,9 @@ def new_call(
         strided: of these, the ones whose strides it takes: q, k and, where it reads them, v and dout.
     """
     q = strided[0]
-    current = plan(kernel, problem, virtual_device.arch_of(q.device), configs)
     strides = tuple(strides_of(x) for x in strided)
+    plain = kernel == "forward" and is_plain(problem) and are_aligned(strided, strides)
+    current = plan(kernel, problem, virtual_device.arch_of(q.device), configs, plain)
     is_backward = kernel.startswith("backward")
     row = max(problem.headdim if is_backward else 0, problem.headdim_v if kernel != "probs" else 0)
     constants = _layout_constants(current, q.element_size(), strides, problem.nheads * row)
@@ -199,14 +209,10 @@ def pointers_of(tensors: Tensors) -> tuple[list[int | None], Any]:
 
     Launches take numbers: about a tensor Triton would ask the driver, which the first launch has done.
     """
-    pointers: list[int | None] = []
+    pointers = [None if x is None else x.data_ptr() for x in tensors]
     combined = 0
-    for x in tensors:
-        if x is None:
-            pointers.append(None)
-        else:
-            pointer = x.data_ptr()
-            pointers.append(pointer)
+    for pointer in pointers:
+        if pointer:
             combined |= pointer
     far = _IS_HIP and any(x is not None and _is_far(x) for x in tensors)
     if combined & 15 == 0 and not far:
@@ -241,6 +247,12 @@ def divisor_of_strides(strides: tuple[Strides, ...], itemsize: int) -> int:
     for batch, row, head in strides:
         combined |= batch | row | head
     return combined & -combined
+
+
+def are_aligned(tensors: tuple[torch.Tensor, ...], strides: tuple[Strides, ...]) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    itemsize = tensors[0].element_size()
+    return all(x.data_ptr() % 16 == 0 for x in tensors) and divisor_of_strides(strides, itemsize) * itemsize == 16
 
 
 def _layout_constants(

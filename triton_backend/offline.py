@@ -130,10 +130,11 @@ def listing(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSo
     compiled = compile_kernel(kernel, problem, arch, source=source)
     if arch.vendor == "amd":
         return compiled.asm["amdgcn"], compiled.metadata.shared
-    return _ptxas_report(compiled.asm["ptx"], int(arch.name.removeprefix("sm"))), compiled.metadata.shared
+    return ptxas_report(compiled.asm["ptx"], int(arch.name.removeprefix("sm"))), compiled.metadata.shared
 
 
-def _ptxas_report(ptx: str, capability: int) -> str:
+def ptxas_report(ptx: str, capability: int) -> str:
+    """What ptxas says of a kernel: its registers, spills and warnings."""
     # Builds of Triton for ROCm may come without this part.
     from triton.backends.nvidia.compiler import get_ptxas
 

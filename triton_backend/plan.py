@@ -26,6 +26,19 @@ def block_d(headdim: int) -> int:
     return max(MIN_BLOCK_D, 1 << (headdim - 1).bit_length())
 
 
+#: Dims of a head that a kernel holds in one tile; what is beyond is a second part of q and k.
+MAX_TILE_D = 512
+
+
+def score_dims(problem: AttentionProblem) -> tuple[int, int]:
+    """Dims of the two tiles that scores are products of; 0: there is one."""
+    if problem.qv:
+        return problem.headdim, problem.headdim_v
+    if problem.cached and problem.headdim > MAX_TILE_D:
+        return problem.headdim - MAX_TILE_D, MAX_TILE_D
+    return problem.headdim, 0
+
+
 def is_masked(problem: AttentionProblem) -> bool:
     """Whether a causal or window mask applies (ragged ends do not count)."""
     return problem.window_left >= 0 or problem.window_right >= 0
@@ -36,28 +49,34 @@ def rounds_in_software(arch: Arch) -> bool:
     return arch.vendor == "amd" and arch.name in CHIPS and not CHIPS[arch.name].converts_bf16
 
 
-def facts_of(problem: AttentionProblem) -> Facts:
+def facts_of(problem: AttentionProblem, plain: bool = False) -> Facts:
     """What config entries match on."""
     longest = max(problem.seqlen_q, problem.seqlen_k, 1)
+    first, second = score_dims(problem)
     return Facts(
         dtype=str(problem.dtype).removeprefix("torch."),
-        headdim=max(block_d(problem.headdim), block_d(problem.headdim_v)),
+        headdim=max(block_d(first) + (block_d(second) if second else 0), block_d(problem.headdim_v)),
         seqlen=1 << (longest - 1).bit_length(),
         causal=problem.causal,
         masked=is_masked(problem),
         varlen=problem.varlen,
         page_size=problem.page_size,
+        plain=plain,
     )
 
 
 def kernel_config(
-    kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None = None
+    kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None = None, plain: bool = False
 ) -> KernelConfig:
-    """The config entry one kernel of this problem takes on this arch."""
+    """The config entry one kernel of this problem takes on this arch; plain: see :class:`Facts`."""
+    if plain:
+        shipped = config.lookup(arch.name, kernel, facts_of(problem, plain), source)
+        if shipped.implementation != "triton":
+            return shipped  # tuned entries are of the Triton kernels
     # Kernels over a K/V cache are not tuned.
     folder = source.tuned if source and not problem.cached else None
     found = tuned.find(folder, tune_key(kernel, problem, arch)) if folder else None
-    return config.lookup(arch.name, kernel, facts_of(problem), source, found)
+    return config.lookup(arch.name, kernel, facts_of(problem, plain), source, found)
 
 
 def tune_key(kernel: str, problem: AttentionProblem, arch: Arch) -> TuneKey:
@@ -68,14 +87,14 @@ def tune_key(kernel: str, problem: AttentionProblem, arch: Arch) -> TuneKey:
 def kernels_of(problem: AttentionProblem) -> tuple[str, ...]:
     """Names of the kernels a call launches, the backward ones if gradients are needed."""
     if problem.cached:
-        return (cache_kernel(problem, problem.qv),)
+        return (cache_kernel(problem, is_absorbed(problem)),)
     return ("forward", "backward_dq", "backward_dkdv") if problem.needs_grad else ("forward",)
 
 
 def describe_configs(problem: AttentionProblem, arch: Arch) -> list[str]:
     """One line per kernel for ``explain``."""
-    source = runtime.config_source()
-    found = ((kernel, kernel_config(kernel, problem, arch, source)) for kernel in kernels_of(problem))
+    source, plain = runtime.config_source(), is_plain(problem) and not runtime.debug()
+    found = ((kernel, kernel_config(kernel, problem, arch, source, plain)) for kernel in kernels_of(problem))
     return [f"{kernel}: {entry.describe()}" for kernel, entry in found]
 
 
@@ -107,14 +126,37 @@ class Plan:
         )
 
 
+#: What the Gluon kernels are written for, by kernel.
+_GLUON_OPTIONS = {
+    "forward": {"BLOCK_M": 128, "num_warps": 4},
+    "mla": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},
+}
+
+
+def _check_implementation(kernel: str, entry: KernelConfig) -> None:
+    """Raise ConfigError for options that the Gluon kernel of this name has no other value of."""
+    if entry.implementation != "gluon":
+        return
+    for name, value in _GLUON_OPTIONS[kernel].items():
+        if getattr(entry, name) != value:
+            raise ConfigError(
+                f"{kernel}: {entry.describe()}: expected {name}={value} with implementation=gluon, got "
+                f"{getattr(entry, name)}. Hint: implementation=triton takes other values"
+            )
+
+
 @functools.lru_cache(maxsize=4096)
-def plan(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None = None) -> Plan:
+def plan(
+    kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None = None, plain: bool = False
+) -> Plan:
     """Constants, options and run-time scalars of one kernel for one problem.
 
     Args:
         source: :func:`flash_rocm.runtime.config_source`, the user's own configs.
+        plain: see :class:`flash_rocm.config_schema.Facts`.
     """
-    entry = kernel_config(kernel, problem, arch, source)
+    entry = kernel_config(kernel, problem, arch, source, plain)
+    _check_implementation(kernel, entry)
     softcap, scale = problem.softcap, problem.softmax_scale
     constants: dict[str, Any] = {
         "HEADDIM": problem.headdim,
@@ -134,6 +176,7 @@ def plan(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSourc
         "ALIBI": problem.alibi,
         "SINKS": problem.sinks,
         "DROPOUT": problem.dropout_p > 0.0,
+        "STAGES": entry.num_stages,
         # What changes from tile to tile in a mask: its bounds, or (NVIDIA, whose compiler would keep a register
         # for every column of a tile) the columns.
         "MOVE_BOUNDS": arch.vendor != "nvidia",
@@ -158,8 +201,21 @@ def plan(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSourc
 
 #: Rows of a key head, query heads that share it times their positions, up to which "decode" takes all in one tile.
 DECODE_ROWS = 16
-#: Dims of a head that a kernel holds in one tile; what is beyond is a second part of q and k.
-MAX_TILE_D = 512
+
+
+def is_absorbed(problem: AttentionProblem) -> bool:
+    """Whether the larger part of the keys can be the values: qv, or one tensor that is larger than a tile."""
+    return problem.qv or (problem.headdim > MAX_TILE_D and problem.headdim_v == MAX_TILE_D)
+
+
+def is_plain(problem: AttentionProblem) -> bool:
+    """Facts.plain of the config schema, as far as the problem tells."""
+    dims = (*score_dims(problem), problem.headdim_v)
+    return (
+        all(dim in (0, block_d(dim)) for dim in dims)
+        and problem.softmax_scale > 0.0
+        and not (problem.softcap or problem.alibi or problem.sinks or problem.rotary_dim or problem.dropout_p)
+    )
 
 
 #: Bytes of shared memory of an NVIDIA multiprocessor; others have at least the last.
@@ -187,17 +243,19 @@ def cache_kernel(problem: AttentionProblem, v_is_k2: bool) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def cache_plan(
-    problem: AttentionProblem, arch: Arch, source: ConfigSource | None = None, v_is_k2: bool = False
+    problem: AttentionProblem,
+    arch: Arch,
+    source: ConfigSource | None = None,
+    v_is_k2: bool = False,
+    plain: bool = False,
 ) -> Plan:
     """Like :func:`plan`, for the attention kernel over a K/V cache.
 
     Args:
         v_is_k2: the second part of the keys' head dim is the values: they are read once for both.
     """
-    base = plan(cache_kernel(problem, v_is_k2), problem, arch, source)
-    headdim, headdim_2 = problem.headdim, problem.headdim_v if problem.qv else 0
-    if headdim > MAX_TILE_D:
-        headdim, headdim_2 = headdim - MAX_TILE_D, MAX_TILE_D
+    base = plan(cache_kernel(problem, v_is_k2), problem, arch, source, plain)
+    headdim, headdim_2 = score_dims(problem)
     constants = {
         **base.constants,
         "HEADDIM": headdim,

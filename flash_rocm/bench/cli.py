@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 import sys
@@ -90,12 +91,14 @@ def _decode(args: argparse.Namespace) -> int:
     if args.speed or args.memory or args.overhead or args.plot:
         raise ValueError("--decode: expected none of --speed, --memory, --overhead and --plot beside it.")
     dtype, results = shapes.DTYPES[args.dtype], []
-    for item in decode.run(args.rounds or _DECODE_ROUNDS, dtype, device, quick=args.preset == "quick"):
+    rounds = args.rounds or _DECODE_ROUNDS
+    measured = decode.run(rounds, dtype, device, quick=args.preset == "quick")
+    for item in itertools.chain(measured, decode.run_mla(rounds, dtype, device)):
         results.append(item)
         if args.json:
             record = {"environment": environment.describe(device), "decode": [each.to_json() for each in results]}
             files.write_whole(args.json, json.dumps(record, indent=1))
-    print(decode.text(results))
+    print(decode.text(results), decode.mla_text(results), sep="\n\n")
     return 1 if any(item.status != "ok" for item in results if item.contender.startswith(peers.SUBJECT)) else 0
 
 

@@ -7,6 +7,7 @@ by far; contenders take turns round by round.  A large sum in the same run says 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import flash_rocm
+import flash_rocm.v3
 from flash_rocm.timing import describe_error, median
 
 NHEADS, NHEADS_K, HEADDIM = 32, 8, 128
@@ -22,6 +24,10 @@ NHEADS, NHEADS_K, HEADDIM = 32, 8, 128
 POINTS = ((1, 32768), (1, 131072), (16, 8192), (64, 4096), (128, 1024), (64, 16384))
 QUICK_POINTS = ((1, 32768), (128, 1024))
 PAGE_SIZES = (1, 16, 64, 256)
+#: Absorbed MLA: dims of the latent, which are the values too, and of the rotary part; (query heads, batch, keys).
+LATENT, ROPE, MLA_PAGE_SIZE = 512, 64, 64
+MLA_POINTS = ((128, 128, 4096), (128, 32, 8192), (16, 128, 4096))
+_MATMUL = 8192
 FLASHINFER_PAGE_SIZES = (16, 64)
 _POOL_BYTES = 1 << 30
 _MAX_CACHES = 64
@@ -39,14 +45,21 @@ class Decode:
     reason: str = ""
     seconds: tuple[float, ...] = ()
     read_bytes: int = 0
+    flops: int = 0  # of MLA, which may be bound by either
 
     @property
     def bandwidth(self) -> float:
         """Bytes per second."""
         return self.read_bytes / median(self.seconds)
 
+    @property
+    def speed(self) -> float:
+        """FLOP per second."""
+        return self.flops / median(self.seconds)
+
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"bandwidth": self.bandwidth if self.seconds else None}
+        speeds = {"bandwidth": self.bandwidth, "speed": self.speed} if self.seconds else {}
+        return dataclasses.asdict(self) | speeds
 
 
 class _Point:
@@ -137,6 +150,7 @@ def _contenders(point: _Point) -> dict[str, _Calls]:
 
 def _graph(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in calls[:2]:
             call()
@@ -196,17 +210,89 @@ def run(rounds: int, dtype: torch.dtype, device: torch.device, quick: bool) -> I
         torch.cuda.empty_cache()
 
 
+class _Latents:
+    """Calls of absorbed MLA, one query per sequence, over two caches in turn that no L2 holds."""
+
+    def __init__(self, heads: int, batch: int, seqlen_k: int, dtype: torch.dtype, device: torch.device) -> None:
+        def values(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, dtype=dtype, device=device)
+
+        pages = batch * seqlen_k // MLA_PAGE_SIZE
+        self.q, self.qv = values(batch, 1, heads, ROPE), values(batch, 1, heads, LATENT)
+        self.caches = [values(pages, MLA_PAGE_SIZE, 1, LATENT + ROPE) for _ in range(2)]
+        self.table = torch.randperm(pages, device=device).view(batch, -1).int()
+        self.lengths = torch.full((batch,), seqlen_k, dtype=torch.int32, device=device)
+        self.read_bytes = self.caches[0].nbytes
+        self.flops = 2 * batch * heads * seqlen_k * (2 * LATENT + ROPE)
+
+    def call(self, cache: torch.Tensor) -> torch.Tensor:
+        latent, rope = cache.split((LATENT, ROPE), -1)
+        return flash_rocm.v3.flash_attn_with_kvcache(  # type: ignore[return-value]
+            self.q, rope, latent, cache_seqlens=self.lengths, page_table=self.table, qv=self.qv, causal=True
+        )
+
+    def is_close(self) -> bool:
+        """The first and the last head of the first sequence."""
+        keys = self.caches[0][self.table[0].long()].flatten(0, 2).double()
+        q = torch.cat([self.qv, self.q], -1)[0, :, [0, -1]].double()
+        scores = q @ keys.T * (LATENT + ROPE) ** -0.5
+        expected = torch.softmax(scores, -1) @ keys[:, :LATENT]
+        error = (self.call(self.caches[0])[0, :, [0, -1]].double() - expected).abs().max()
+        return bool(error <= 4 * torch.finfo(self.q.dtype).eps * expected.abs().max())
+
+
+def run_mla(rounds: int, dtype: torch.dtype, device: torch.device) -> Iterator[Decode]:
+    """Measure absorbed MLA, first of all what a large matrix product reaches."""
+    a, b = (torch.randn(_MATMUL, _MATMUL, dtype=dtype, device=device) for _ in "ab")
+    product = _graph([functools.partial(torch.matmul, a, b)])
+    seconds = tuple(_seconds(product) for _ in range(rounds + 2))[2:]
+    yield Decode(0, 0, "matmul", "ok", "", seconds, flops=2 * _MATMUL**3)
+    del product, a, b
+    for heads, batch, seqlen_k in MLA_POINTS:
+        point = _Latents(heads, batch, seqlen_k, dtype, device)
+        name = f"flash_rocm mla {heads}"
+        if not point.is_close():
+            yield Decode(batch, seqlen_k, name, "wrong", "not the float64 result")
+            continue
+        graph = _graph([lambda cache=cache, at=point: at.call(cache) for cache in point.caches])  # type: ignore[misc]
+        seconds = tuple(_seconds(graph) / len(point.caches) for _ in range(rounds + 1))[1:]
+        yield Decode(batch, seqlen_k, name, "ok", "", seconds, point.read_bytes, point.flops)
+
+
+def mla_text(results: list[Decode]) -> str:
+    """A table of TFLOP/s and TB/s, and of the share of the roof that bounds a point."""
+    roofs = {item.contender: item for item in results if item.batch == 0}
+    read, matmul = roofs["read"].bandwidth, roofs["matmul"].speed
+    lines = [
+        f"absorbed MLA, q=1, {LATENT + ROPE}/{LATENT}, pages of {MLA_PAGE_SIZE}: a matrix product of {_MATMUL} reaches "
+        f"{matmul / 1e12:.0f} TFLOP/s, a large sum reads {read / 1e12:.2f} TB/s",
+        "| heads | batch x keys | TFLOP/s | TB/s | of its roof |",
+        "|---|---|---|---|---|",
+    ]
+    for item in results:
+        if item.contender.startswith("flash_rocm mla"):
+            heads, where = item.contender.rpartition(" ")[2], f"{item.batch} x {item.seqlen_k}"
+            if not item.seconds:
+                lines.append(f"| {heads} | {where} | {item.status}: {item.reason} | | |")
+                continue
+            speed, bandwidth = item.speed, item.bandwidth
+            share = max(speed / matmul, bandwidth / read)
+            lines.append(f"| {heads} | {where} | {speed / 1e12:.0f} | {bandwidth / 1e12:.2f} | {share:.0%} |")
+    return "\n".join(lines)
+
+
 def text(results: list[Decode]) -> str:
     """Tables of TB/s and of the ratio to SDPA on dense caches."""
     (read,) = (item for item in results if item.contender == "read")
-    names = list(dict.fromkeys(item.contender for item in results if item is not read))
+    results = [item for item in results if item.batch and not item.flops]
+    names = list(dict.fromkeys(item.contender for item in results))
     lines = [
         f"decode, q=1, heads {NHEADS}/{NHEADS_K}, d{HEADDIM}: TB/s (ratio to sdpa dense); "
         f"a large sum reads {read.bandwidth / 1e12:.2f}",
         "| batch x keys | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
-    points = list(dict.fromkeys((item.batch, item.seqlen_k) for item in results if item is not read))
+    points = list(dict.fromkeys((item.batch, item.seqlen_k) for item in results))
     for batch, seqlen_k in points:
         found = {item.contender: item for item in results if (item.batch, item.seqlen_k) == (batch, seqlen_k)}
         base = found["sdpa dense"].bandwidth if found["sdpa dense"].seconds else None
