@@ -6,7 +6,7 @@
 #   make ck       the Composable Kernel back end: build the library of its tests, run them on the virtual AMD GPU
 #   make lint     ruff and mypy
 #   make inspect  what the kernels compile to: bf16 for every AMD chip, the other types for gfx942 and gfx1100
-#   make inspect-all   the same for every type and chip, NVIDIA's too
+#   make inspect-all   the same for every type and chip, NVIDIA's too, and all head dims over a K/V cache
 #   make inspect-oldest   that part of it compiles without spills with the oldest Triton, in .venv-oldest
 #   make bench    speed and memory against what else is installed (BENCH_ARGS="--help")
 #   make clean    remove .venv and everything that was built
@@ -90,7 +90,7 @@ inspect: $(VENV)/.package
 	exit $$status
 
 inspect-all: $(VENV)/.package
-	$(BIN)/flash-rocm inspect --arch all --check --jobs $(JOBS) $(INSPECT_ARGS)
+	$(BIN)/flash-rocm inspect --arch all --kernel all --check --jobs $(JOBS) $(INSPECT_ARGS)
 
 # R and waves per SIMD were declared for another compiler: only spills and LDS are held to limits.
 inspect-oldest:

@@ -14,7 +14,7 @@ from flash_rocm.bench.progress import Progress
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.inspect import InspectError
 from flash_rocm.inspect.cli import add_case_arguments, cases_of, names
-from flash_rocm.inspect.kernels import DTYPES, MASKS, problem_of
+from flash_rocm.inspect.kernels import CACHE_KERNELS, DTYPES, MASKS, TRAINING_KERNELS, problem_of
 from flash_rocm.inspect.report import Case
 from flash_rocm.runtime import ConfigSource
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--triton", action="store_true", help="the Triton kernels")
     what.add_argument("--ck", action="store_true", help="the library of Composable Kernel, for --arch and --instances")
-    add_case_arguments(parser)
+    add_case_arguments(parser, TRAINING_KERNELS)
     add(
         "--instances",
         metavar="PATTERNS",
@@ -52,6 +52,10 @@ def tasks_of(cases: Sequence[Case], layouts: Sequence[str], source: ConfigSource
     planner, workers = backends.load_planner(), backends.load_workers()
     lengths = [1 << bits for bits in range(18)]
     for case in cases:
+        if case.kernel in CACHE_KERNELS:
+            # Their code depends on page size, rotary dims and which tensors a call brings.
+            what = "kernels other than those over a K/V cache, which are compiled at first use"
+            raise InspectError(f"--kernel: expected {what}, got {case.kernel!r}")
         if case.headdim % 8:
             raise InspectError(f"--headdim: expected multiples of 8, which aligned loads need, got {case.headdim}")
         arch = runtime.arch_named(case.arch)
@@ -111,7 +115,7 @@ def _run_triton(args: argparse.Namespace) -> int:
         return 2
     folder = args.output or runtime.cache_dir() / "triton"
     try:
-        tasks = list(tasks_of(cases_of(args), args.layout, runtime.config_source()))
+        tasks = list(tasks_of(cases_of(args, TRAINING_KERNELS), args.layout, runtime.config_source()))
         folder.mkdir(parents=True, exist_ok=True)
         workers = backends.load_workers()
     except (InspectError, ConfigError) as error:

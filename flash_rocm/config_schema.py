@@ -66,7 +66,7 @@ _NEUTRAL = (None, 0, "triton")
 #: Options that do not act everywhere: elsewhere 0 (of implementation, "triton") is all they can be.
 #: ``generic.json`` serves any arch, so that only what acts on all of them may stand there.
 REACH = {
-    "BLOCK_K": Reach(kernels=("forward", "backward_dq", "backward_dkdv")),
+    "BLOCK_K": Reach(kernels=tuple(kernel for kernel in KERNELS if kernel != "probs")),
     "waves_per_eu": Reach(archs=("gfx",)),
     "matrix_instr_nonkdim": Reach(archs=("gfx9",)),
     "kpack": Reach(archs=("gfx90a", "gfx942")),

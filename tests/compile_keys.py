@@ -11,14 +11,16 @@ import pytest
 from flash_rocm import virtual_device
 from flash_rocm.problem import AttentionProblem
 from flash_rocm.runtime import Arch, arch_named
-from flash_rocm.testing import make_inputs
+from flash_rocm.testing import CacheCall, make_cache_inputs, make_inputs
 
 triton = pytest.importorskip("triton", reason="works with Triton's cache keys")
 
-from flash_rocm._triton import launch, offline  # noqa: E402
+from flash_rocm._triton import cached, launch, offline  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
+#: Those of launch.KERNELS, and over a K/V cache.
+LAUNCHERS = {**launch.KERNELS, "attend": cached.ATTEND["triton"], "combine": cached.COMBINE, "append": cached.APPEND}
 #: (kernel, call) of every launch that would compile.
 Recorded = list[tuple[str, launch.Call]]
 
@@ -26,7 +28,7 @@ Recorded = list[tuple[str, launch.Call]]
 @pytest.fixture
 def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Recorded]:
     """``record(arch)``: from now on launches are for that chip, and are noted instead of done."""
-    names = {id(launcher): name for name, launcher in launch.KERNELS.items()}
+    names = {id(launcher): name for name, launcher in LAUNCHERS.items()}
 
     def start(arch: str) -> Recorded:
         recorded: Recorded = []
@@ -41,13 +43,13 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Recorded]:
 
 @functools.cache
 def _binder(kernel: str, arch: Arch) -> Any:
-    function = launch.KERNELS[kernel].kernel
+    function = LAUNCHERS[kernel].kernel
     return create_function_from_signature(function.signature, function.params, make_backend(offline.target_of(arch)))
 
 
 def specialised(kernel: str, call: launch.Call, arch: Arch) -> tuple[Any, list[Any], dict[str, Any]]:
     """Bound arguments, specialisation and options, as ``JITFunction.run`` works them out at a launch."""
-    tail = launch.KERNELS[kernel].tail_of(call)
+    tail = LAUNCHERS[kernel].tail_of(call)
     # What run() adds to the options of a call; it leaves out what this version of Triton does not know.
     knobs = triton.knobs
     extra: dict[str, Any] = {"debug": False, "instrumentation_mode": knobs.compilation.instrumentation_mode}
@@ -62,16 +64,34 @@ def jit_key(kernel: str, call: launch.Call, arch: Arch) -> str:
     return f"{specialisation}{options}"
 
 
-def disk_key(kernel: str, call: launch.Call, arch: Arch) -> str:
-    """Folder of the disk cache in which a launch looks for its compiled kernel."""
-    function, backend = launch.KERNELS[kernel].kernel, make_backend(offline.target_of(arch))
+def _code(kernel: str, call: launch.Call, arch: Arch) -> tuple[ASTSource, dict[str, Any]]:
+    """What a launch would compile, and the options."""
+    function, backend = LAUNCHERS[kernel].kernel, make_backend(offline.target_of(arch))
     bound, specialisation, options = specialised(kernel, call, arch)
     parsed, signature, constexprs, attrs = function._pack_args(backend, options, bound, specialisation, options)
-    return offline.cache_key(ASTSource(function, signature, constexprs, attrs), arch, parsed.__dict__)
+    return ASTSource(function, signature, constexprs, attrs), parsed.__dict__
+
+
+def disk_key(kernel: str, call: launch.Call, arch: Arch) -> str:
+    """Folder of the disk cache in which a launch looks for its compiled kernel."""
+    code, options = _code(kernel, call, arch)
+    return offline.cache_key(code, arch, options)
+
+
+def compiled(kernel: str, call: launch.Call, arch: Arch) -> Any:
+    """The kernel that a launch would compile."""
+    code, options = _code(kernel, call, arch)
+    return triton.compile(code, target=offline.target_of(arch), options=options)
 
 
 def launch_all(problem: AttentionProblem, **inputs: Any) -> None:
-    """Forward, and backward if gradients are needed."""
+    """Forward, and backward if gradients are needed; over a K/V cache without its append.
+
+    There, inputs are what the problem does not say (``CacheCall``).
+    """
+    if problem.cached:
+        cached.attend(problem, make_cache_inputs(problem, CacheCall(**inputs)).inputs)
+        return
     case = make_inputs(problem, **inputs)
     out, lse = launch.forward(problem, case.inputs)
     if problem.needs_grad:

@@ -201,3 +201,11 @@ def test_a_process_without_compiler_runs_what_was_built(tmp_path: pathlib.Path) 
     command = [sys.executable, "-c", _WITHOUT_COMPILER]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0 and ran.stdout == "done\n", ran.stderr
+
+
+def test_kernels_over_a_cache_are_not_built(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    options = ["--triton", "--arch", "gfx942", "--kernel", "decode", "--output", str(tmp_path / "triton")]
+    assert cli.main(["build", *options]) == 2
+    assert "--kernel: expected kernels other than those over a K/V cache, which are compiled at first use" in (
+        capsys.readouterr().err
+    )

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from compile_keys import Recorded, disk_key, jit_key, launch, launch_all, offline, record  # noqa: F401, a fixture
+from compile_keys import Recorded, cached, disk_key, jit_key, launch, launch_all, offline, record  # noqa: F401, a fixture
 
 from flash_rocm import runtime
 from flash_rocm.runtime import arch_named
-from flash_rocm.testing import make_inputs, make_problem
+from flash_rocm.testing import CacheCall, make_cache_inputs, make_inputs, make_problem
 
 KERNELS = ("forward", "backward_dq", "backward_dkdv")
 ARCHS = ("gfx90a", "gfx942", "gfx1100", "gfx1201", "sm90")
@@ -102,6 +102,54 @@ def test_what_is_compiled_offline_is_what_a_launch_looks_for(
         code, options = offline.source_of(kernel, problem, chip)
         assert offline.cache_key(code, chip, options) == disk_key(kernel, call, chip), kernel
     assert [kernel for kernel, _ in recorded] == list(KERNELS)
+
+
+CACHED: dict[str, Any] = dict(cached=True, dtype=torch.bfloat16, nheads=4, nheads_k=1, seqlen_q=1, seqlen_k=200)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fields", "call"),
+    [
+        ("decode", dict(headdim=128, page_size=16), {}),
+        ("decode", dict(headdim=64, num_splits=1), {}),
+        ("decode", dict(headdim=256, page_size=16, rotary_dim=128), {}),
+        ("prefill", dict(headdim=64, page_size=16, seqlen_q=70, window_right=0, varlen=True), {"seqused_k": False}),
+        ("prefill", dict(headdim=96, leftpad=True, alibi=True, sinks=True, rotary_dim=32, seqlen_q=70), {}),
+    ],
+    ids=["decode-paged", "decode-dense-unsplit", "decode-d256-rotary", "prefill-varlen-paged", "prefill-everything"],
+)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_cache_is_attended_by_what_is_compiled_offline(
+    arch: str,
+    kernel: str,
+    fields: dict[str, Any],
+    call: dict[str, Any],
+    record: Callable[[str], Recorded],  # noqa: F811
+) -> None:
+    recorded, chip = record(arch), arch_named(arch)
+    problem = make_problem(**CACHED | fields)
+    launch_all(problem, **call)
+    name, launched = recorded[0]
+    code, options = offline.source_of(kernel, problem, chip)
+    assert name == "attend"
+    assert offline.cache_key(code, chip, options) == disk_key(name, launched, chip)
+    assert [other for other, _ in recorded[1:]] in ([], ["combine"])
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "sm80"])
+def test_mla_is_compiled_offline_with_values_read_once(arch: str, record: Callable[[str], Recorded]) -> None:  # noqa: F811
+    recorded, chip = record(arch), arch_named(arch)
+    problem = make_problem(**CACHED | dict(nheads=16, headdim=576, headdim_v=512, page_size=16))
+    inputs = make_cache_inputs(problem, CacheCall()).inputs
+    cached.attend(problem, inputs._replace(v=inputs.k[..., :512]))
+    code, options = offline.source_of("mla", problem, chip)
+    assert recorded[0][1].plan.kernel == "mla" and recorded[0][1].plan.constants["V_IS_K2"]
+    assert offline.cache_key(code, chip, options) == disk_key("attend", recorded[0][1], chip)
+
+
+def test_offline_refuses_the_other_kernel_of_a_cache() -> None:
+    with pytest.raises(ValueError, match="kernel: expected 'decode' for .*, got 'prefill'"):
+        offline.source_of("prefill", make_problem(**CACHED, headdim=64), arch_named("gfx942"))
 
 
 _KEY = "from flash_rocm._triton.launch import KERNELS; print([KERNELS[name].kernel.cache_key for name in {}][-1])"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import errno
 import json
@@ -18,6 +19,7 @@ from flash_rocm import backends, cli, config, runtime
 from flash_rocm.amdgpu.assembly import parse_amdgcn
 from flash_rocm.config_schema import ConfigError, Limits
 from flash_rocm.inspect import InspectError, counts, inspect_problem, judge, kernels, objects, tables
+from flash_rocm.inspect import cli as inspect_cli
 from flash_rocm.inspect.counts import Mix
 from flash_rocm.inspect.report import Case, LoopReport, Report, Resources
 
@@ -248,6 +250,44 @@ def test_two_workgroups_of_the_forward_fit_a_multiprocessor(mask: str) -> None:
     assert inspect_problem("sm90", "forward", "bf16", 64, mask).resources.vgprs <= 128
 
 
+def _selected(*arguments: str) -> set[tuple[str, int, str]]:
+    parser = argparse.ArgumentParser()
+    inspect_cli.add_arguments(parser)
+    cases = inspect_cli.cases_of(parser.parse_args(["--arch", "gfx942", "--dtype", "bf16", *arguments]))
+    return {(case.kernel, case.headdim, case.mask) for case in cases}
+
+
+def test_kernels_over_a_cache_are_inspected_at_few_head_dims_unless_named() -> None:
+    found = _selected()
+    shipped = {(kernel, headdim, "causal") for kernel, some in kernels.SHIPPED_CACHED.items() for headdim in some}
+    assert {case for case in found if case[0] in kernels.CACHE_KERNELS} == shipped and len(shipped) == 7
+    assert len(found - shipped) == len(kernels.TRAINING_KERNELS) * len(kernels.HEADDIMS) * len(kernels.MASKS)
+    assert _selected("--headdim", "96", "--mask", "causal") == {(x, 96, "causal") for x in kernels.TRAINING_KERNELS}
+    assert _selected("--kernel", "decode", "--headdim", "96", "--mask", "full") == {("decode", 96, "full")}
+    assert found < _selected("--kernel", "all")
+    named = _selected("--kernel", "decode,mla")
+    assert {case for case in named if case[0] == "mla"} == {("mla", 576, mask) for mask in kernels.MASKS}
+    assert len(named) == (len(kernels.HEADDIMS) + 1) * len(kernels.MASKS)
+
+
+def test_what_is_inspected_over_a_cache() -> None:
+    triton_needed()
+    planner = backends.load_planner()
+    for kernel in kernels.CACHE_KERNELS:
+        for headdim in kernels.headdims_of(kernel):
+            problem = kernels.problem_of(Case("gfx942", kernel, "bf16", headdim, "causal"))
+            assert problem.cached and problem.page_size == 16 and problem.causal
+            v_is_k2 = problem.headdim_v != problem.headdim
+            assert planner.cache_kernel(problem, v_is_k2) == kernel, "the config is that of a call"
+            assert kernels.problem_of(Case("gfx942", kernel, "bf16", headdim, "full")).page_size == 0
+    found = inspect_problem("gfx942", "decode", *BF16_D128)
+    assert found.full is not None and found.masked is not None and found.full.mix.matrix and found.full.mix.trans
+    assert found.full.mix.vmem >= 8 and found.resources.vgpr_spills == 0
+    # A tile of 16 rows by BLOCK_N keys: 2 * (128 + 128) flop a score, more where waves repeat the second product.
+    scores = found.options["BLOCK_M"] * found.options["BLOCK_N"] / found.options["num_warps"]
+    assert found.full.mix.matrix_flop >= scores * 512
+
+
 def test_a_bad_config_fails_the_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that are too large: registers spill, inside loops too, and LDS is over the limit."""
     triton_needed()
@@ -269,6 +309,19 @@ def test_a_bad_config_fails_the_check(capsys: pytest.CaptureFixture[str], monkey
         assert sum(text in line for line in lines) == 1, text
     status, _, _ = run(capsys, *options)
     assert status == 0
+
+
+def test_a_bad_config_of_a_kernel_over_a_cache_fails_the_check(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RDNA has no room for q at head dim 256: the entry's BLOCK_K is what keeps registers from spilling."""
+    triton_needed()
+    options = ("--arch", "gfx1100", "--kernel", "decode", "--dtype", "bf16", "--headdim", "256", "--mask", "causal")
+    status, out, err = run(capsys, *options, "--check")
+    assert status == 0 and "decode  bf16   256  causal" in out, err
+    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"decode": {"BLOCK_K": 0}}')
+    status, _, err = run(capsys, *options, "--check")
+    assert status == 1 and "VGPR spills, expected at most 0" in err
 
 
 def test_several_processes_and_a_diff(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
@@ -310,12 +363,20 @@ WRONG = {
     "unknown arch": (["--arch", "gfx906"], "arch: expected sm... or one of gfx90a, gfx942"),
     "no arch name": (["--arch", "mi300x"], "arch: expected cpu, gfx... or sm..., got 'mi300x'"),
     "kernel": (
-        ["--arch", "gfx942", "--kernel", "decode"],
+        ["--arch", "gfx942", "--kernel", "combine"],
         "kernel: expected one of forward, backward_dq, backward_dkdv",
     ),
     "dtype": (["--arch", "gfx942", "--dtype", "fp64"], "dtype: expected one of fp16, bf16, fp32, got 'fp64'"),
     "mask": (["--arch", "gfx942", "--mask", "window"], "mask: expected one of full, causal, got 'window'"),
     "headdim": (["--arch", "gfx942", "--headdim", "1024"], "headdim: expected 1 to 512, got 1024"),
+    "headdim over a cache": (
+        ["--arch", "gfx942", "--kernel", "decode", "--headdim", "576"],
+        "headdim: expected 1 to 512, got 576",
+    ),
+    "headdim of mla": (
+        ["--arch", "gfx942", "--kernel", "mla", "--headdim", "64"],
+        "headdim: expected 576 for mla, got 64",
+    ),
     "headdims": (["--arch", "gfx942", "--headdim", "a"], "--headdim: expected numbers with commas between, got 'a'"),
     "jobs": (["--arch", "gfx942", "--jobs", "0"], "--jobs: expected a number >= 1, got '0'"),
     "check": (["--arch", "gfx942", "--check", "R"], "--check: invalid choice: 'R'"),

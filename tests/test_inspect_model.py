@@ -79,6 +79,40 @@ def test_shipped_kernels(arch: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "uncalibrated" in text and f"{both:.0f} TFLOP/s, both kernels together" in text
 
 
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_a_decode_is_as_fast_as_memory(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense and in pages; with two stages bank conflicts of LDS, which the model counts, take longer than memory."""
+    monkeypatch.setitem(model.CACHED, "decode", model.CachedCall(512, 1, 32, 8))
+    case = Case("gfx942", "decode", "bf16", 128, mask)
+    found = model.predict_cases([case])[case]
+    assert found.binding == "memory" and found.bandwidth_share == 1.0
+    cache_bytes = 2 * 512 * 8 * 128 * 2
+    per_cycle = 5300 / 2.1 / 304
+    assert cache_bytes / per_cycle < found.cycles["memory"] < 2 * cache_bytes / per_cycle
+    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"decode": {"num_stages": 2}}')
+    slower = model.predict_cases([case])[case]
+    assert slower.binding == "lds" and slower.bandwidth_share < 0.95
+    assert f"{slower.bandwidth_share:.0%}" in model.as_table({case: slower})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "headdim", "call", "flop"),
+    [
+        ("prefill", 64, model.CachedCall(128, 32, 2, 1), 4 * 64 * 2 * (32 * 128 - 32 * 31 // 2)),
+        ("mla", 576, model.CachedCall(64, 1, 32, 1), 2 * (576 + 512) * 32 * 64),
+    ],
+)
+def test_other_kernels_over_a_cache(
+    kernel: str, headdim: int, call: model.CachedCall, flop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(model.CACHED, kernel, call)
+    case = Case("gfx942", kernel, "bf16", headdim, "causal")
+    found = model.predict_cases([case])[case]
+    assert found.flop == flop and found.peak_tflops is not None and 0 < found.tflops < found.peak_tflops
+    cache_bytes = call.keys * call.nheads_k * headdim * 2 * (1 if kernel == "mla" else 2)
+    assert found.cycles["memory"] > cache_bytes / (5300 / 2.1 / 304)
+
+
 def test_command_refuses_what_it_cannot_model(capsys: pytest.CaptureFixture[str]) -> None:
     base = ["inspect", "--arch", "gfx942", "--dtype", "bf16", "--headdim", "64", "--mask", "full", "--model"]
     assert cli.main([*base, "--format", "json", "--kernel", "forward"]) == 2

@@ -6,16 +6,17 @@ This says "compiled", not "executed": nothing here runs the code.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from compile_keys import Recorded, cached, compiled, record  # noqa: F401, a fixture
 
 from flash_rocm import runtime
 from flash_rocm.problem import AttentionProblem
 from flash_rocm.runtime import Arch, amd_arch, nvidia_arch
-from flash_rocm.testing import make_problem
-
-pytest.importorskip("triton", reason="compiles Triton kernels")
+from flash_rocm.testing import CacheCall, make_cache_inputs, make_problem
 
 KERNELS = ("forward", "backward_dq", "backward_dkdv", "probs")
 #: LDS of one workgroup, bytes.
@@ -45,6 +46,22 @@ PROBLEMS = {
     "fp32-d512-full": dict(dtype=torch.float32, headdim=512),
     "bf16-d96-everything": dict(dtype=torch.bfloat16, headdim=96, **EVERYTHING),
 }
+
+
+#: Over a K/V cache, and the kernel that they take; inspect looks at pages of 16 keys and at dense caches.
+CACHED = {
+    "bf16-d128-paged": ("decode", dict(headdim=128, page_size=16)),
+    "bf16-d128-dense": ("decode", dict(headdim=128)),
+    "bf16-d128-page1": ("decode", dict(headdim=128, page_size=1)),
+    "bf16-d96-rotary": ("prefill", dict(headdim=96, page_size=64, seqlen_q=512, window_right=0, rotary_dim=64)),
+    "bf16-d256-rotary": ("decode", dict(headdim=256, page_size=16, rotary_dim=256)),
+    "bf16-mla": ("mla", dict(headdim=576, headdim_v=512, nheads=16, nheads_k=1, page_size=16)),
+}
+
+
+def _cached_problem(fields: dict[str, Any]) -> AttentionProblem:
+    shape = {"batch": 2, "seqlen_q": 1, "seqlen_k": 4096, "nheads": 32, "nheads_k": 8, "device_type": "cuda"}
+    return make_problem(**{"dtype": torch.bfloat16, "cached": True, **shape, **fields})
 
 
 def _problem(name: str) -> AttentionProblem:
@@ -83,6 +100,54 @@ def test_compiles_for_amd(arch: Arch, name: str) -> None:
         assert len(compiled.asm["hsaco"]) > 0
         if name in UNSPILLED and kernel != "probs":
             assert _number("vgpr_spill_count", assembly) == 0, kernel
+
+
+@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("arch", AMD, ids=lambda arch: arch.name)
+def test_the_kernels_over_a_cache_compile_for_amd(arch: Arch, name: str) -> None:
+    from flash_rocm._triton.offline import compile_kernel
+
+    kernel, fields = CACHED[name]
+    problem = _cached_problem(fields)
+    compiled = compile_kernel(kernel, problem, arch)
+    assembly = compiled.asm["amdgcn"]
+    assert compiled.metadata.shared <= LDS[arch.name]
+    # Keys are read 16 bytes at a time.
+    assert re.search(r"(global|buffer)_load_(lds_)?(dwordx4|b128)", assembly)
+    if "rotary" not in name:  # which configs were not chosen for
+        assert _number("vgpr_spill_count", assembly) == 0
+
+
+@pytest.mark.parametrize("headdim", [64, 128, 512])
+@pytest.mark.parametrize("arch", AMD, ids=lambda arch: arch.name)
+def test_the_kernels_that_move_data_of_a_cache_do_not_spill(
+    arch: Arch,
+    headdim: int,
+    record: Callable[[str], Recorded],  # noqa: F811
+) -> None:
+    """Append and combine have no entry in the configs, so that inspect does not look at them."""
+    recorded = record(arch.name)
+    fields = dict(batch=1, nheads=4, nheads_k=1, seqlen_k=300, num_splits=20, device_type="cpu", rotary_dim=headdim)
+    for seqlen_new in (1, 20):
+        problem = _cached_problem(fields | dict(headdim=headdim, page_size=16, seqlen_new=seqlen_new))
+        inputs = make_cache_inputs(problem, CacheCall()).inputs
+        cached.append(problem, inputs)
+        cached.attend(problem, inputs)
+    found = [(name, compiled(name, call, arch).asm["amdgcn"]) for name, call in recorded if name != "attend"]
+    assert [name for name, _ in found] == ["append", "combine", "append", "combine"]
+    for name, assembly in found:
+        assert _number("vgpr_spill_count", assembly) == _number("private_segment_fixed_size", assembly) == 0, name
+
+
+@pytest.mark.parametrize("name", ["bf16-d128-paged", "bf16-d96-rotary", "bf16-mla"])
+@pytest.mark.parametrize("arch", NVIDIA, ids=lambda arch: arch.name)
+def test_the_kernels_over_a_cache_compile_for_nvidia(arch: Arch, name: str) -> None:
+    from flash_rocm._triton.offline import compile_kernel
+
+    kernel, fields = CACHED[name]
+    ptx = compile_kernel(kernel, _cached_problem(fields), arch).asm["ptx"]
+    assert "mma" in ptx
+    assert ".v4.b32" in ptx or "cp.async.cg" in ptx  # 16 bytes at a time
 
 
 @pytest.mark.parametrize("name", ["bf16-d64-causal", "bf16-d128-full", "fp32-d128-causal", "bf16-d96-everything"])

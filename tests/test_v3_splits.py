@@ -58,7 +58,7 @@ ACTS: tuple[dict[str, Any], ...] = (
     dict(batch_size=60, cache_seqlens=torch.zeros(60, dtype=torch.int32)),
     dict(max_seqlen_q=512),
     dict(max_seqlen_k=100),
-    dict(num_heads_q=512),
+    dict(num_heads_q=2048),
     dict(num_heads_kv=1),
     dict(num_heads_kv=32),
     dict(window_size=(100, 0)),

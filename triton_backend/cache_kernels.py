@@ -135,6 +135,35 @@ def visible_positions(
 
 
 @triton.jit
+def _scores_by_chunks(
+    q_ptrs, row_exists, k_ptrs, cols, seqlen_k, positions, cos_ptr, sin_ptr, stride_rotary, max_position,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr, ROTARY_HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """q @ k^T [BLOCK_M, BLOCK_N], BLOCK_K dims at a time; q_ptrs and k_ptrs [rows, 1] are row starts.
+
+    What dot_by_chunks is for rows that do not follow each other and may be turned; q is turned anew for every tile.
+    """
+    CHUNK: tl.constexpr = BLOCK_K if BLOCK_K < BLOCK_D else BLOCK_D
+    IS_FLOAT32: tl.constexpr = k_ptrs.dtype.element_ty == tl.float32
+    UNROLL: tl.constexpr = 1 if IS_FLOAT32 else BLOCK_D // CHUNK
+    PARTIAL_SUMS: tl.constexpr = IS_FLOAT32 and BLOCK_D > 256
+    result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in tl.range(0, BLOCK_D, CHUNK, num_stages=1, loop_unroll_factor=UNROLL):
+        dims = first + tl.arange(0, CHUNK)
+        q = load_turned(
+            q_ptrs, row_exists, dims, positions, cos_ptr, sin_ptr, stride_rotary, max_position,
+            HEADDIM, ROTARY_HALF, INTERLEAVED,
+        )  # fmt: skip  # [BLOCK_M, CHUNK]
+        k = load_tile(k_ptrs + dims[None, :], cols, seqlen_k, dims, HEADDIM, BLOCK_D, MASKED)  # [BLOCK_N, CHUNK]
+        if PARTIAL_SUMS:
+            result -= dot(q, tl.trans(k), None)
+        else:
+            result = dot(q, tl.trans(k), result)
+    return -result if PARTIAL_SUMS else result
+
+
+@triton.jit
 def split_columns(
     first_row, last_row, shift, cols_total, window_left, window_right, chunk, split, num_splits,
     BLOCK_N: tl.constexpr, MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr, CHUNK: tl.constexpr,
@@ -166,18 +195,23 @@ def _attend(
     acc, row_sum, row_max, q, q2, k_ptr, k2_ptr, v_ptr, begin, end,
     rows, first_col, end_col, shift, seqlen_k, first_position, table_ptr, entries, batch, error_ptr,
     stride_kb, stride_kn, stride_vb, stride_vn, scale, softcap_log2, slope_log2,
+    row_exists, rotary_positions, cos_ptr, sin_ptr, stride_rotary, max_position,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, HEADDIM_2: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROTARY_HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     PAGE_SIZE: tl.constexpr, WHOLE_PAGES: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     MASKED: tl.constexpr, MASK_LEFT: tl.constexpr, RAW_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, TIES_UP: tl.constexpr, V_IS_K2: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """One pass over columns [begin, end).  acc [BLOCK_M, BLOCK_DV]; row_sum, row_max, first_col, end_col [BLOCK_M]."""
+    """One pass over columns [begin, end).  acc [BLOCK_M, BLOCK_DV]; row_sum, row_max, first_col, end_col [BLOCK_M].
+
+    q and q2 are tiles [BLOCK_M, BLOCK_D], or with BLOCK_K the addresses of their rows [BLOCK_M, 1].
+    """
     cols_in_tile = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
     dims_2 = tl.arange(0, BLOCK_D2)
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N, disable_licm=BLOCK_K > 0):
         cols = start + cols_in_tile
         if PAGE_SIZE > 0 and not WHOLE_PAGES:
             position = first_position + cols
@@ -197,10 +231,22 @@ def _attend(
                 v_start = tl.cast(start, tl.int64) * stride_vn * VEC
             k_rows = k_start + tile_offsets(cols_in_tile, stride_kn, tl.arange(0, 1), VEC, WIDE)
             v_rows = v_start + tile_offsets(cols_in_tile, stride_vn, tl.arange(0, 1), VEC, WIDE)
-        k = load_tile(k_ptr + k_rows + dims[None, :], cols, seqlen_k, dims, HEADDIM, BLOCK_D, MASKED)
-        s = dot(q, tl.trans(k), None)  # [BLOCK_M, BLOCK_N]
+        if BLOCK_K > 0:
+            s = _scores_by_chunks(
+                q, row_exists, k_ptr + k_rows, cols, seqlen_k, rotary_positions, cos_ptr, sin_ptr, stride_rotary,
+                max_position, BLOCK_M, BLOCK_N, HEADDIM, BLOCK_D, BLOCK_K, MASKED, ROTARY_HALF, INTERLEAVED,
+            )  # fmt: skip  # [BLOCK_M, BLOCK_N]
+        else:
+            k = load_tile(k_ptr + k_rows + dims[None, :], cols, seqlen_k, dims, HEADDIM, BLOCK_D, MASKED)
+            s = dot(q, tl.trans(k), None)  # [BLOCK_M, BLOCK_N]
         v_ptrs = v_ptr + v_rows + dims_v[None, :]
-        if V_IS_K2:
+        if HEADDIM_2 > 0 and BLOCK_K > 0:
+            s += _scores_by_chunks(
+                q2, row_exists, v_ptr + v_rows if V_IS_K2 else k2_ptr + k_rows, cols, seqlen_k,
+                rotary_positions, None, None, 0, 0,
+                BLOCK_M, BLOCK_N, HEADDIM_2, BLOCK_D2, BLOCK_K, MASKED, 0, False,
+            )  # fmt: skip
+        elif V_IS_K2:
             v = load_tile(v_ptrs, cols, seqlen_k, dims_v, HEADDIM_V, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
             s = dot(q2, tl.trans(v), s)
         elif HEADDIM_2 > 0:
@@ -223,7 +269,7 @@ def _attend(
         rescale = tl.exp2(row_max - subtract)
         row_sum = row_sum * rescale + tl.sum(p, 1)
         row_max = new_max
-        if not V_IS_K2:
+        if BLOCK_K > 0 or not V_IS_K2:
             v = load_tile(v_ptrs, cols, seqlen_k, dims_v, HEADDIM_V, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
         acc = acc * rescale[:, None]
         acc = dot(round_to(p, v.dtype, TIES_UP), v, acc)
@@ -255,7 +301,8 @@ def attn_cache_kernel(
     scale: tl.float32, softcap_log2: tl.float32, window_left: tl.int32, window_right: tl.int32, chunk: tl.int32,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, HEADDIM_2: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_D2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     ROTARY_HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     MASK_LEFT: tl.constexpr, MASK_RIGHT: tl.constexpr, CHUNK: tl.constexpr, RAW_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, TIES_UP: tl.constexpr, V_IS_K2: tl.constexpr, CHECKED: tl.constexpr,
@@ -333,17 +380,21 @@ def attn_cache_kernel(
             last = max_position - (rows_total if MOVES else 1)
             report(error_ptr, BAD_POSITION, (before < 0) | (before > last), batch)
     q_ptrs = q_ptr + ((batch64 * stride_qb + q_rows * stride_qm + heads.to(tl.int64) * stride_qh) * VEC)[:, None]
-    q = load_turned(
-        q_ptrs, row_exists, dims, position_of_rotary, cos_ptr, sin_ptr, stride_rotary, max_position,
-        HEADDIM, ROTARY_HALF, INTERLEAVED,
-    )  # fmt: skip  # [BLOCK_M, BLOCK_D]
+    q = q_ptrs
+    if BLOCK_K == 0:
+        q = load_turned(
+            q_ptrs, row_exists, dims, position_of_rotary, cos_ptr, sin_ptr, stride_rotary, max_position,
+            HEADDIM, ROTARY_HALF, INTERLEAVED,
+        )  # fmt: skip  # [BLOCK_M, BLOCK_D]
     q2 = q
     if HEADDIM_2 > 0:
         q2_ptrs = (
             q2_ptr + ((batch64 * stride_q2b + q_rows * stride_q2m + heads.to(tl.int64) * stride_q2h) * VEC)[:, None]
         )
-        q2_mask = row_exists[:, None] & (dims_2[None, :] < HEADDIM_2)
-        q2 = tl.load(q2_ptrs + dims_2[None, :], mask=q2_mask, other=0.0)  # [BLOCK_M, BLOCK_D2]
+        q2 = q2_ptrs
+        if BLOCK_K == 0:
+            q2_mask = row_exists[:, None] & (dims_2[None, :] < HEADDIM_2)
+            q2 = tl.load(q2_ptrs + dims_2[None, :], mask=q2_mask, other=0.0)  # [BLOCK_M, BLOCK_D2]
 
     first_col, end_col = visible_positions(
         rows, shift, cols_total, window_left, window_right, chunk, MASK_LEFT, MASK_RIGHT, CHUNK
@@ -360,21 +411,27 @@ def attn_cache_kernel(
             acc, row_sum, row_max, q, q2, k_ptr, k2_ptr, v_ptr, begin, tl.minimum(full_begin, end),
             rows, first_col, end_col, shift, cols_total, first_position, table_ptr, entries, batch, error_ptr,
             stride_kb, stride_kn, stride_vb, stride_vn, scale, softcap_log2, slope_log2,
-            HEADDIM, HEADDIM_V, HEADDIM_2, BLOCK_D, BLOCK_DV, BLOCK_D2, BLOCK_N, PAGE_SIZE, WHOLE_PAGES, VEC, WIDE,
+            row_exists, position_of_rotary, cos_ptr, sin_ptr, stride_rotary, max_position,
+            HEADDIM, HEADDIM_V, HEADDIM_2, BLOCK_D, BLOCK_DV, BLOCK_D2, BLOCK_M, BLOCK_N, BLOCK_K,
+            ROTARY_HALF, INTERLEAVED, PAGE_SIZE, WHOLE_PAGES, VEC, WIDE,
             True, MASK_LEFT or CHUNK, RAW_SCALE, SOFTCAP, ALIBI, TIES_UP, V_IS_K2, CHECKED,
         )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, q2, k_ptr, k2_ptr, v_ptr, full_begin, full_end,
         rows, first_col, end_col, shift, cols_total, first_position, table_ptr, entries, batch, error_ptr,
         stride_kb, stride_kn, stride_vb, stride_vn, scale, softcap_log2, slope_log2,
-        HEADDIM, HEADDIM_V, HEADDIM_2, BLOCK_D, BLOCK_DV, BLOCK_D2, BLOCK_N, PAGE_SIZE, WHOLE_PAGES, VEC, WIDE,
+        row_exists, position_of_rotary, cos_ptr, sin_ptr, stride_rotary, max_position,
+        HEADDIM, HEADDIM_V, HEADDIM_2, BLOCK_D, BLOCK_DV, BLOCK_D2, BLOCK_M, BLOCK_N, BLOCK_K,
+        ROTARY_HALF, INTERLEAVED, PAGE_SIZE, WHOLE_PAGES, VEC, WIDE,
         False, MASK_LEFT or CHUNK, RAW_SCALE, SOFTCAP, ALIBI, TIES_UP, V_IS_K2, CHECKED,
     )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, q2, k_ptr, k2_ptr, v_ptr, full_end, end,
         rows, first_col, end_col, shift, cols_total, first_position, table_ptr, entries, batch, error_ptr,
         stride_kb, stride_kn, stride_vb, stride_vn, scale, softcap_log2, slope_log2,
-        HEADDIM, HEADDIM_V, HEADDIM_2, BLOCK_D, BLOCK_DV, BLOCK_D2, BLOCK_N, PAGE_SIZE, WHOLE_PAGES, VEC, WIDE,
+        row_exists, position_of_rotary, cos_ptr, sin_ptr, stride_rotary, max_position,
+        HEADDIM, HEADDIM_V, HEADDIM_2, BLOCK_D, BLOCK_DV, BLOCK_D2, BLOCK_M, BLOCK_N, BLOCK_K,
+        ROTARY_HALF, INTERLEAVED, PAGE_SIZE, WHOLE_PAGES, VEC, WIDE,
         True, MASK_LEFT or CHUNK, RAW_SCALE, SOFTCAP, ALIBI, TIES_UP, V_IS_K2, CHECKED,
     )  # fmt: skip
 

@@ -73,10 +73,10 @@ def splits_of(problem: AttentionProblem, device: torch.device) -> int:
     arch = virtual_device.arch_of(device)
     # Of the tensors only their shapes are known here.
     current = cache_plan(problem, arch, runtime.config_source(), is_absorbed(problem), is_plain(problem))
-    return _splits(problem, current, arch)
+    return num_splits_of(problem, current, arch)
 
 
-def _splits(problem: AttentionProblem, current: Plan, arch: Arch) -> int:
+def num_splits_of(problem: AttentionProblem, current: Plan, arch: Arch) -> int:
     """The caller's number of splits, or the one that occupies the chip."""
     if problem.num_splits:
         return problem.num_splits
@@ -99,7 +99,7 @@ class _Route:
 
     def __init__(self, problem: AttentionProblem, current: Plan, arch: Arch) -> None:
         self.plan = current
-        self.num_splits = _splits(problem, current, arch)
+        self.num_splits = num_splits_of(problem, current, arch)
 
 
 _routes: dict[tuple[Any, ...], _Route] = {}
@@ -108,11 +108,13 @@ _ROUTES_MAX = 4096
 
 def _route_of(problem: AttentionProblem, inputs: CacheInputs, v_is_k2: bool, plain: bool) -> _Route:
     configs = runtime.config_source()
-    layout = inputs.layout or cache_layout_of(inputs)
-    key = (problem, layout.launch, configs, v_is_k2, plain)
+    layout, device = inputs.layout or cache_layout_of(inputs), inputs.q.device
+    # The layout names the device, and a CPU may be one virtual GPU after another.
+    chip = None if device.type == "cuda" else virtual_device.arch_of(device).name
+    key = (problem, layout.launch, configs, v_is_k2, plain, chip)
     route = _routes.get(key)
     if route is None:
-        arch = virtual_device.arch_of(inputs.q.device)
+        arch = virtual_device.arch_of(device)
         current = cache_plan(problem, arch, configs, v_is_k2, plain)
         if len(_routes) >= _ROUTES_MAX:
             _routes.clear()

@@ -19,9 +19,10 @@ from triton.runtime.cache import get_cache_key, get_cache_manager
 from flash_rocm.problem import AttentionProblem
 from flash_rocm.runtime import Arch, ConfigSource
 
+from .cached import ATTEND, num_splits_of
 from .compile import Pointer, source_for, target_of
 from .launch import KERNELS
-from .plan import plan
+from .plan import MAX_TILE_D, cache_kernel, cache_plan, plan
 
 #: Pointers whose type is not that of q.
 _POINTERS = {
@@ -34,6 +35,8 @@ _POINTERS = {
     "cu_seqlens_q_ptr": torch.int32,
     "cu_seqlens_k_ptr": torch.int32,
 }
+#: Pointers of the attention kernel over a K/V cache that every call has.
+_CACHE_POINTERS = ("q_ptr", "k_ptr", "v_ptr", "q2_ptr", "k2_ptr")
 
 
 def _absent(name: str, problem: AttentionProblem, has_dlse: bool) -> bool:
@@ -60,6 +63,8 @@ def source_of(
 
     Args: as :func:`compile_kernel`.
     """
+    if problem.cached:
+        return _cache_source(kernel, problem, arch, wide, source)
     function = KERNELS[kernel].kernel
     current = plan(kernel, problem, arch, source)
     vec = math.gcd(16 // problem.dtype.itemsize, problem.headdim, problem.headdim_v)
@@ -70,6 +75,45 @@ def source_of(
         if name.endswith("_ptr")
     }
     return source_for(arch, function, pointers, constants, current.options)
+
+
+def _cache_source(
+    kernel: str, problem: AttentionProblem, arch: Arch, wide: bool, source: ConfigSource | None
+) -> tuple[ASTSource, dict[str, Any]]:
+    """:func:`source_of` for the attention kernel over a K/V cache.
+
+    The lengths of the cache are given by sequence, or for varlen cumulated as those of q are.  Above MAX_TILE_D the
+    values are the first dims of the keys, as in MLA.
+    """
+    v_is_k2 = problem.headdim > MAX_TILE_D
+    if kernel != cache_kernel(problem, v_is_k2):
+        raise ValueError(
+            f"kernel: expected {cache_kernel(problem, v_is_k2)!r} for {problem.describe()}, got {kernel!r}"
+        )
+    # inspect does not look at the Gluon kernels: without plain facts, no entry asks for one.
+    function = ATTEND["triton"].kernel
+    current = cache_plan(problem, arch, source, v_is_k2)
+    in_parts = num_splits_of(problem, current, arch) > 1
+    vec = math.gcd(16 // problem.dtype.itemsize, problem.headdim, problem.headdim_v)
+    constants: dict[str, Any] = {**current.constants, "VEC": vec, "WIDE": wide, "CHECKED": False}
+    found: dict[str, Pointer | None] = {name: None for name in function.arg_names if name.endswith("_ptr")}
+    found |= dict.fromkeys(_CACHE_POINTERS, Pointer(problem.dtype))
+    found["out_ptr"] = Pointer(torch.float32 if in_parts else problem.dtype)
+    found["lse_ptr"] = Pointer(torch.float32)
+    optional = {
+        "alibi_ptr": (problem.alibi, torch.float32),
+        "sinks_ptr": (problem.sinks, torch.float32),
+        "cos_ptr": (problem.rotary_dim > 0, problem.dtype),
+        "sin_ptr": (problem.rotary_dim > 0, problem.dtype),
+        "cu_seqlens_q_ptr": (problem.varlen, torch.int32),
+        "cu_seqlens_k_ptr": (problem.varlen, torch.int32),
+        "seqused_k_ptr": (not problem.varlen, torch.int32),
+        "batch_idx_ptr": (problem.cache_batch_idx, torch.int32),
+        "leftpad_ptr": (problem.leftpad, torch.int32),
+        "table_ptr": (problem.page_size > 0, torch.int32),
+    }
+    found |= {name: Pointer(dtype) for name, (is_there, dtype) in optional.items() if is_there}
+    return source_for(arch, function, found, constants, current.options)
 
 
 def compile_kernel(
@@ -84,7 +128,8 @@ def compile_kernel(
     """Compile one kernel of a problem as a launch on contiguous, aligned tensors would.
 
     Args:
-        kernel: a key of :data:`flash_rocm._triton.launch.KERNELS`.
+        kernel: a key of :data:`flash_rocm._triton.launch.KERNELS`, or for a problem over a K/V cache "decode" or
+            "prefill" or "mla", whichever it takes.
         has_dlse: with a gradient through softmax_lse.
         wide: with 64-bit offsets inside a tile.
         source: :func:`flash_rocm.runtime.config_source`, the user's own configs.

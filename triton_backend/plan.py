@@ -128,8 +128,8 @@ class Plan:
 
 #: What the Gluon kernels are written for, by kernel.
 _GLUON_OPTIONS = {
-    "forward": {"BLOCK_M": 128, "num_warps": 4},
-    "mla": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},
+    "forward": {"BLOCK_M": 128, "BLOCK_K": 0, "num_warps": 4},
+    "mla": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 0, "num_warps": 4},
 }
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 
 from flash_rocm import runtime, virtual_device
 from flash_rocm.config_schema import ConfigError
@@ -13,7 +14,18 @@ from flash_rocm.config_schema import ConfigError
 from .batch import inspect_cases
 from .counts import InspectError
 from .judge import CHECKS, differences, violations
-from .kernels import AMD_ARCHS, DTYPES, HEADDIMS, KERNELS, MASKS, NVIDIA_ARCHS, SHIPPED_KERNELS, check_case
+from .kernels import (
+    AMD_ARCHS,
+    DTYPES,
+    HEADDIMS,
+    KERNELS,
+    MASKS,
+    NVIDIA_ARCHS,
+    SHIPPED_KERNELS,
+    check_case,
+    headdims_of,
+    is_shipped,
+)
 from .objects import inspect_object
 from .report import Case, Report
 from .tables import as_json, as_table, read_json
@@ -24,10 +36,9 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def archs(text: str) -> list[str]:
-    """Names of chips, groups of them written out."""
-    groups = {"all": AMD_ARCHS + NVIDIA_ARCHS, "amd": AMD_ARCHS}
-    return [arch for name in names(text) for arch in groups.get(name, (name,))]
+def names_and_groups(groups: dict[str, tuple[str, ...]]) -> Callable[[str], list[str]]:
+    """Names with commas between, groups of them written out."""
+    return lambda text: [member for name in names(text) for member in groups.get(name, (name,))]
 
 
 def numbers(text: str) -> list[int]:
@@ -45,24 +56,25 @@ def jobs(text: str) -> int:
     return int(text)
 
 
-def add_case_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that say which kernels; every list takes commas."""
+def add_case_arguments(parser: argparse.ArgumentParser, kernels: tuple[str, ...] = SHIPPED_KERNELS) -> None:
+    """Arguments that say which kernels, by default ``kernels``; every list takes commas."""
     add = parser.add_argument
     add(
         "--arch",
-        type=archs,
+        type=names_and_groups({"all": AMD_ARCHS + NVIDIA_ARCHS, "amd": AMD_ARCHS}),
         required=True,
         metavar="ARCH",
         help=f"gfx942 and the like, amd ({', '.join(AMD_ARCHS)}) or all",
     )
     add(
         "--kernel",
-        type=names,
+        type=names_and_groups({"all": kernels}),
         metavar="KERNEL",
-        help=f"of {', '.join(KERNELS)}; default: {', '.join(SHIPPED_KERNELS)}",
+        help=f"of {', '.join(KERNELS)}, or all ({', '.join(kernels)}); default: all, but of those over a K/V cache "
+        "a part of their head dims and masks",
     )
     add("--dtype", type=names, default=list(DTYPES), metavar="DTYPE", help=f"of {', '.join(DTYPES)}; default: all")
-    add("--headdim", type=numbers, metavar="D", help=f"default: {', '.join(map(str, HEADDIMS))}")
+    add("--headdim", type=numbers, metavar="D", help=f"default: {', '.join(map(str, HEADDIMS))}; of mla 576")
     add("--mask", type=names, default=list(MASKS), metavar="MASK", help=f"of {', '.join(MASKS)}; default: both")
     add("--jobs", type=jobs, default=os.cpu_count() or 1, help="compiler processes; default: %(default)s")
 
@@ -133,8 +145,8 @@ def _write(text: str, output: pathlib.Path | None) -> None:
         raise InspectError(f"--output: expected a file to write to, {error}") from error
 
 
-def cases_of(args: argparse.Namespace) -> list[Case]:
-    """The kernels that :func:`add_case_arguments` name.
+def cases_of(args: argparse.Namespace, kernels: tuple[str, ...] = SHIPPED_KERNELS) -> list[Case]:
+    """The kernels that :func:`add_case_arguments` name; of kernels that are not named, what :func:`is_shipped`.
 
     Raises:
         InspectError: a name is none.
@@ -142,12 +154,12 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     cases = [
         Case(arch, kernel, dtype, headdim, mask)
         for arch in args.arch
-        for kernel in args.kernel or SHIPPED_KERNELS
+        for kernel in args.kernel or kernels
         for dtype in args.dtype
-        for headdim in args.headdim or HEADDIMS
+        for headdim in args.headdim or headdims_of(kernel)
         for mask in args.mask
     ]
-    cases = list(dict.fromkeys(cases))
+    cases = [case for case in dict.fromkeys(cases) if args.kernel or is_shipped(case)]
     for case in cases:
         check_case(case)
     return cases

@@ -37,11 +37,19 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HEADDIMS = (32, 64, 96, 128, 192, 256, 512)
 MASKS = ("full", "causal")
 #: Kernels that a training step launches; "probs" is there for tests of dropout only.
-SHIPPED_KERNELS = ("forward", "backward_dq", "backward_dkdv")
-#: Kernels that can be looked at; those over a K/V cache cannot yet.
+TRAINING_KERNELS = ("forward", "backward_dq", "backward_dkdv")
+#: The attention kernel over a K/V cache, by the names of its configs.
+CACHE_KERNELS = ("decode", "prefill", "mla")
+SHIPPED_KERNELS = TRAINING_KERNELS + CACHE_KERNELS
 KERNELS = (*SHIPPED_KERNELS, "probs")
+#: Head dim of the keys of absorbed MLA, whose first 512 dims are the values.
+MLA_HEADDIM, MLA_HEADDIM_V = 576, 512
+#: Head dims of the kernels over a cache that are inspected, causal only, unless kernels are named: the rest takes time.
+SHIPPED_CACHED = {"decode": (64, 128, 256), "prefill": (64, 128, 256), "mla": (MLA_HEADDIM,)}
 #: Length of the problems, for entries that match on it.
 SEQLEN = 4096
+#: Query positions of a prefill, a chunk of a longer prompt.
+CHUNK = 1024
 
 
 def inspect_problem(
@@ -56,9 +64,9 @@ def inspect_problem(
 
     Args:
         arch_name: "gfx942", "sm90", ...
-        kernel: "forward", "backward_dq", "backward_dkdv" or "probs".
+        kernel: "forward", "backward_dq", "backward_dkdv", "probs", "decode", "prefill" or "mla".
         dtype: "fp16", "bf16" or "fp32".
-        mask: "full" or "causal".
+        mask: "full" or "causal"; see :func:`problem_of` for what they stand for over a cache.
         overrides: options that replace those of the config entry.
 
     Raises:
@@ -82,7 +90,9 @@ def check_case(case: Case) -> None:
         if value not in allowed:
             raise InspectError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
     limit = backends.TRITON.max_headdim
-    if not 1 <= case.headdim <= limit:
+    if case.kernel == "mla" and case.headdim != MLA_HEADDIM:
+        raise InspectError(f"headdim: expected {MLA_HEADDIM} for mla, got {case.headdim}")
+    if case.kernel != "mla" and not 1 <= case.headdim <= limit:
         raise InspectError(f"headdim: expected 1 to {limit}, got {case.headdim}")
     try:
         arch = runtime.arch_named(case.arch)
@@ -91,6 +101,16 @@ def check_case(case: Case) -> None:
     known = arch.name in backends.TRITON.archs if arch.vendor == "amd" else arch.vendor == "nvidia"
     if not known:
         raise InspectError(f"arch: expected sm... or one of {', '.join(backends.TRITON.archs)}, got {case.arch!r}")
+
+
+def headdims_of(kernel: str) -> tuple[int, ...]:
+    """Head dims that a kernel is shipped for."""
+    return (MLA_HEADDIM,) if kernel == "mla" else HEADDIMS
+
+
+def is_shipped(case: Case) -> bool:
+    """Whether a case is inspected where its kernel is not named: of the kernels over a cache, not all are."""
+    return case.kernel not in CACHE_KERNELS or (case.mask == "causal" and case.headdim in SHIPPED_CACHED[case.kernel])
 
 
 def source_with(kernel: str, overrides: Mapping[str, int] | None) -> ConfigSource | None:
@@ -104,6 +124,8 @@ def source_with(kernel: str, overrides: Mapping[str, int] | None) -> ConfigSourc
 
 def problem_of(case: Case) -> AttentionProblem:
     """The call whose kernels a case names."""
+    if case.kernel in CACHE_KERNELS:
+        return _cache_problem_of(case)
     return AttentionProblem(
         dtype=DTYPES[case.dtype],
         device_type="cuda",
@@ -117,6 +139,30 @@ def problem_of(case: Case) -> AttentionProblem:
         softmax_scale=default_softmax_scale(case.headdim),
         window_right=0 if case.mask == "causal" else -1,
         needs_grad=case.kernel.startswith("backward"),
+    )
+
+
+def _cache_problem_of(case: Case) -> AttentionProblem:
+    """A call over a K/V cache: 32 query heads on 8 key heads, one position or a chunk of them, no rotary embedding.
+
+    Mask "causal": pages of 16 keys and a causal mask, as servers call it; "full": a dense cache and no mask.
+    "mla" is one position of 128 query heads on the one key head of absorbed MLA.
+    """
+    is_mla, causal = case.kernel == "mla", case.mask == "causal"
+    return AttentionProblem(
+        dtype=DTYPES[case.dtype],
+        device_type="cuda",
+        batch=2,
+        seqlen_q=CHUNK if case.kernel == "prefill" else 1,
+        seqlen_k=SEQLEN,
+        nheads=128 if is_mla else 32,
+        nheads_k=1 if is_mla else 8,
+        headdim=case.headdim,
+        headdim_v=MLA_HEADDIM_V if is_mla else case.headdim,
+        softmax_scale=default_softmax_scale(case.headdim),
+        window_right=0 if causal else -1,
+        cached=True,
+        page_size=16 if causal else 0,
     )
 
 
@@ -141,7 +187,8 @@ def compiled_report(case: Case, source: ConfigSource | None) -> Report:
     if arch.vendor == "nvidia":
         report = Report(case, ptxas_resources(text, lds_bytes), **facts)  # type: ignore[arg-type]
     else:
-        per_score = (10 if case.kernel.startswith("backward") else 4) * case.headdim
+        dims = problem.headdim + problem.headdim_v
+        per_score = 5 * dims if case.kernel.startswith("backward") else 2 * dims
         chunks = max(planner.block_d(case.headdim) // entry.BLOCK_K, 1) if entry.BLOCK_K else 1
         scores = entry.BLOCK_M * entry.BLOCK_N / entry.num_warps
         try:

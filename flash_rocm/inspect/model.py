@@ -13,15 +13,16 @@ workgroups takes cycles / compute units:
 * memory: bytes of all tensors, each moved once (an L2 that never forgets), at the compute unit's share of bandwidth;
 * occupancy: what a wave takes alone, nothing overlapping, divided by the waves that a SIMD holds.
 
-The longest of these binds.  Latencies, waits, barriers, atomics, the last round of workgroups and clocks below
-the peak are not in it, so that real figures are lower, in matrix-bound kernels by a factor of two or so.
+The longest of these binds; how near memory is to it is the share of time at full bandwidth.
+Latencies, waits, barriers, atomics, the last round of workgroups and clocks below the peak are not in it, so
+that real figures are lower, in matrix-bound kernels by a factor of two or so.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,11 +31,28 @@ from flash_rocm import runtime
 from flash_rocm.amdgpu.chips import CHIPS, PRODUCTS
 
 from .counts import InspectError, Mix, count, flop_rate, is_cdna
-from .kernels import DTYPES
+from .kernels import CACHE_KERNELS, DTYPES, MLA_HEADDIM, MLA_HEADDIM_V
 from .report import Case
 
 #: Tokens of the launch that is executed, of one head: enough that masked blocks are few.
 SEQLEN = 2048
+
+
+class CachedCall(NamedTuple):
+    """The one sequence of a launch over a K/V cache that is executed."""
+
+    keys: int
+    rows: int  # query positions
+    nheads: int
+    nheads_k: int
+
+
+CACHED = {
+    "decode": CachedCall(4096, 1, 32, 8),
+    "prefill": CachedCall(2048, 256, 4, 1),
+    "mla": CachedCall(1024, 1, 128, 1),
+}
+PAGE_SIZE = 16
 _L1_BYTES = 64
 #: Cycles of the 32 banks that the launch counts, for one of the chip's: gfx950 has 64.
 _LDS_CYCLES = {"gfx950": 2}
@@ -44,7 +62,7 @@ _KERNELS = {
     "attn_bwd_dkdv_kernel": "backward_dkdv",
 }
 #: Multiplications of a score by a row that a kernel has to do, and those of a backward call; 2 * headdim flop each.
-_PRODUCTS_OF = {"forward": 2, "backward_dq": 3, "backward_dkdv": 4}
+_PRODUCTS_OF = {"forward": 2, "backward_dq": 3, "backward_dkdv": 4, "decode": 2, "prefill": 2, "mla": 2}
 _PRODUCTS_OF_BACKWARD = 5
 
 
@@ -69,6 +87,11 @@ class Prediction:
     def binding(self) -> str:
         """The resource that takes longest."""
         return max(self.cycles, key=lambda name: self.cycles[name])
+
+    @property
+    def bandwidth_share(self) -> float:
+        """Time that memory takes at its bandwidth, of the time that the resource which binds takes."""
+        return self.cycles["memory"] / self.cycles[self.binding]
 
     @property
     def seconds(self) -> float:
@@ -132,7 +155,8 @@ def visible_scores(seqlen: int, left: int, right: int) -> int:
 
 def flop_of(kernel: str, headdim: int, scores: int) -> float:
     """What a kernel has to do for as many scores."""
-    return 2.0 * headdim * _PRODUCTS_OF[kernel] * scores
+    dims = (MLA_HEADDIM + MLA_HEADDIM_V) / 2 if kernel == "mla" else headdim
+    return 2.0 * dims * _PRODUCTS_OF[kernel] * scores
 
 
 def predict_cases(cases: Sequence[Case]) -> dict[Case, Prediction]:
@@ -152,27 +176,54 @@ def predict_cases(cases: Sequence[Case]) -> dict[Case, Prediction]:
 
 
 def _predicted(case: Case) -> dict[Case, Prediction]:
-    """The kernels of a call: forward, or the two of a backward, whichever ``case`` is of."""
+    """The kernels of a call: forward, the two of a backward, or the one over a cache, whichever ``case`` is of."""
     # Without the checks it runs twice as fast, and the tests are where they belong.
     from flash_rocm.virtual import Checks
 
-    scores, dtype = visible_scores(SEQLEN, -1, 0 if case.mask == "causal" else -1), DTYPES[case.dtype]
+    dtype, causal, cached = DTYPES[case.dtype], case.mask == "causal", case.kernel in CACHE_KERNELS
+    scores = cached_scores(CACHED[case.kernel], causal) if cached else visible_scores(SEQLEN, -1, 0 if causal else -1)
     found: dict[Case, Prediction] = {}
 
     def run(launch: Any) -> None:
-        kernel = _KERNELS[launch.code.name]
+        kernel = case.kernel if launch.code.name == "attn_cache_kernel" else _KERNELS.get(launch.code.name)
+        if kernel is None:  # the combination of parts
+            launch.run(checks=Checks.none())
+            return
         stats = launch.run(measure=True, checks=Checks.none())
         flop = flop_of(kernel, case.headdim, scores)
         found[dataclasses.replace(case, kernel=kernel)] = predict(launch, stats, flop, dtype.itemsize)
 
+    if cached:
+        with flash_rocm.use_backend("triton"), flash_rocm.virtual_gpu(case.arch, on_launch=run):
+            _attend_to_cache(case, dtype)
+        return found
     generator = torch.Generator().manual_seed(0)
     shape, backward = (1, SEQLEN, 1, case.headdim), case.kernel.startswith("backward")
     q, k, v = (torch.randn(shape, generator=generator).to(dtype).requires_grad_(backward) for _ in range(3))
     with flash_rocm.use_backend("triton"), flash_rocm.virtual_gpu(case.arch, on_launch=run):
-        out = flash_rocm.flash_attn_func(q, k, v, causal=case.mask == "causal")
+        out = flash_rocm.flash_attn_func(q, k, v, causal=causal)
         if backward:
             torch.autograd.backward(out, torch.ones_like(q))
     return found
+
+
+def cached_scores(call: CachedCall, causal: bool) -> int:
+    """Elements of the score matrices of a call over a cache whose last keys are those of its rows."""
+    hidden = call.rows * (call.rows - 1) // 2 if causal else 0
+    return call.nheads * (call.rows * call.keys - hidden)
+
+
+def _attend_to_cache(case: Case, dtype: torch.dtype) -> None:
+    """A call over a full cache; mask "causal": in pages, as :func:`kernels.problem_of` has it."""
+    call, generator, paged = CACHED[case.kernel], torch.Generator().manual_seed(0), case.mask == "causal"
+    pages = call.keys // PAGE_SIZE
+    cache = (pages, PAGE_SIZE) if paged else (1, call.keys)
+    q = torch.randn((1, call.rows, call.nheads, case.headdim), generator=generator).to(dtype)
+    k, v = (torch.randn((*cache, call.nheads_k, case.headdim), generator=generator).to(dtype) for _ in range(2))
+    if case.kernel == "mla":
+        v = k[..., :MLA_HEADDIM_V]
+    table = torch.randperm(pages, generator=generator).int()[None] if paged else None
+    flash_rocm.flash_attn_with_kvcache(q, k, v, cache_seqlens=call.keys, block_table=table, causal=paged)
 
 
 def backward_tflops(predictions: dict[Case, Prediction]) -> dict[Case, float]:
@@ -197,6 +248,7 @@ def as_table(predictions: dict[Case, Prediction]) -> str:
         "waves",
         "TFLOP/s",
         "of peak",
+        "of bandwidth",
         "bound by",
         "cycles of it and others",
     )
@@ -206,11 +258,14 @@ def as_table(predictions: dict[Case, Prediction]) -> str:
         shares = sorted(((cycles / longest, name) for name, cycles in found.cycles.items()), reverse=True)
         others = " ".join(f"{name} {share:.2f}" for share, name in shares if share >= 0.1)
         peak = f"{found.tflops / found.peak_tflops:.0%}" if found.peak_tflops else "-"
-        numbers = (str(found.waves_per_simd), f"{found.tflops:.0f}", peak, found.binding, f"{longest:.0f}: {others}")
+        speed, share = f"{found.tflops:.0f}", f"{found.bandwidth_share:.0%}"
+        numbers = (str(found.waves_per_simd), speed, peak, share, found.binding, f"{longest:.0f}: {others}")
         rows.append((case.arch, case.kernel, case.dtype, str(case.headdim), case.mask, *numbers))
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for case, tflops in backward_tflops(predictions).items():
         lines.append(f"  {case}: {tflops:.0f} TFLOP/s, both kernels together")
-    title = f"modelled from a launch of {SEQLEN} tokens executed on the virtual GPU; uncalibrated, an upper bound"
+    keys = ", ".join(f"{kernel} {call.keys}" for kernel, call in CACHED.items())
+    launches = f"{SEQLEN} tokens (keys: {keys})"
+    title = f"modelled from a launch of {launches} executed on the virtual GPU; uncalibrated, an upper bound"
     return "\n".join([title, *lines])
