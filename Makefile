@@ -38,7 +38,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
 PACKAGE := pyproject.toml setup.py flash_rocm/__init__.py
 
-.PHONY: demo test test-virtual ck ck-tools ck-library llvm aiter lint bench inspect inspect-all inspect-oldest venv clean FORCE
+.PHONY: demo test test-virtual ck ck-tools ck-library llvm aiter flash-attn-tests lint bench inspect inspect-all inspect-oldest venv clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -56,8 +56,10 @@ CK_INSTANCES ?= $(shell paste -sd, tests/ck_instances.txt)
 
 # The folder that holds aiter_meta; tests that find none there are skipped.
 test test-virtual: export FLASH_ROCM_TEST_AITER ?= $(abspath $(VENV))/aiter
+# The folder that holds flash-attn's own tests.
+test: export FLASH_ROCM_TEST_FLASH_ATTN ?= $(abspath $(VENV))/flash-attn-tests
 
-test: $(VENV)/.demo $(VENV)/.test llvm aiter
+test: $(VENV)/.demo $(VENV)/.test llvm aiter flash-attn-tests
 	$(PYTEST) -m "not gpu and not interpret and not exhaustive and not ck" $(PYTEST_ARGS)
 	@echo "Left to make ck: the tests that run the compiled library of Composable Kernel"
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpret" $(PYTEST_ARGS)
@@ -144,7 +146,7 @@ $(VENV)/.oldest: $(VENV)/.package
 
 CK_PACKAGES := clang-22 lld-22 llvm-22 clang-tools-22 g++
 
-# These two only add tests: without them the others run, and the text says what is left out.
+# These only add tests: without them the others run, and the text says what is left out.
 
 llvm:
 	@command -v llvm-objdump-22 >/dev/null || \
@@ -167,6 +169,14 @@ ck-tools:
 aiter:
 	@$(MAKE) --no-print-directory $(VENV)/.aiter || \
 	  echo "$(AITER) was not fetched: the tests of AMD's assembled kernels are left out"
+
+flash-attn-tests:
+	@$(MAKE) --no-print-directory $(VENV)/.flash-attn-tests || \
+	  echo "flash-attn's own tests were not fetched: that they run with the drop-in is left out"
+
+$(VENV)/.flash-attn-tests: $(VENV)/.test tests/flash_attn_suite.py
+	$(BIN)/python tests/flash_attn_suite.py fetch $(VENV)/flash-attn-tests
+	@touch $@
 
 $(VENV)/.aiter: $(VENV)/.python
 	$(PIP) download --no-deps --only-binary :all: --dest $(VENV)/aiter.wheel $(AITER)

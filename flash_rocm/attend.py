@@ -30,7 +30,7 @@ def needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.T
     )
 
 
-def _draw_rng_state(device: torch.device) -> torch.Tensor:
+def draw_rng_state(device: torch.device) -> torch.Tensor:
     """(2,) int64 Philox seed and offset, from torch's generator of the device.
 
     Drawn as a tensor on the device: no wait, and a captured graph draws anew at each replay.
@@ -71,7 +71,7 @@ def attend(
     traced = layout.strides is None and torch.compiler.is_compiling()
     args = (
         *inputs,
-        _draw_rng_state(q.device) if dropout_p > 0.0 else None,
+        draw_rng_state(q.device) if dropout_p > 0.0 else None,
         sinks,
         *lengths,
         scale,

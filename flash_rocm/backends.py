@@ -18,6 +18,7 @@ import torch
 from flash_rocm import ck_instances, runtime
 from flash_rocm.ck_instances import CkLibrary
 from flash_rocm.config_schema import KernelConfig, Provenance
+from flash_rocm.layer_calls import NormBackward, NormCall, NormForward, NormGradients
 from flash_rocm.problem import FEATURES, AttentionInputs, AttentionProblem, CacheInputs
 from flash_rocm.runtime import Arch, ConfigSource
 from flash_rocm.tuned import Outcome, TuneKey
@@ -213,6 +214,89 @@ def select(problem: AttentionProblem, arch: Arch, requested: str) -> str:
 def load(name: str) -> Backend:
     """The back end itself, imported at its first use."""
     return importlib.import_module(CAPABILITIES[name].module)  # type: ignore[return-value]
+
+
+class LayerBackend(Protocol):
+    """The layers beside attention that a back end provides; its module is ``layers``.
+
+    Tensors come checked.  Rows are (rows, columns), statistics (rows,) in the dtype of accumulation.
+    """
+
+    def rotary(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        seqlen_offsets: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        offset: int,
+        max_seqlen: int,
+        interleaved: bool,
+        conjugate: bool,
+    ) -> None:
+        """Write the first dims of x, turned, to out, which may be x; rows of no sequence and other dims stay."""
+
+    def norm_forward(self, inputs: NormForward, call: NormCall) -> tuple[torch.Tensor | None, ...]:
+        """Return out, out1, the sum, mean, rstd and the dropout masks of x and x1."""
+
+    def norm_backward(
+        self, inputs: NormBackward, wanted: NormGradients, call: NormCall
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Return dx, dx1, dresidual, dweight, dbias, dweight1 and dbias1."""
+
+    def cross_entropy_forward(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        given_lse: torch.Tensor | None,
+        smoothing: float,
+        logit_scale: float,
+        lse_square_scale: float,
+        ignore_index: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return loss, lse and z_loss."""
+
+    def cross_entropy_backward(
+        self,
+        out: torch.Tensor,
+        dloss: torch.Tensor,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        lse: torch.Tensor,
+        smoothing: float,
+        logit_scale: float,
+        lse_square_scale: float,
+        ignore_index: int,
+    ) -> None:
+        """Write dlogits to out, which may be logits."""
+
+
+def select_layers(dtype: torch.dtype, arch: Arch, requested: str) -> str:
+    """Name of the back end that runs a layer beside attention: ``triton`` or ``reference``.
+
+    ``ck`` has attention only: asked for, its layers are those of ``auto``, the Triton kernels on a GPU and
+    the reference on the CPU and for what they do not take.
+
+    Raises:
+        BackendError: ``triton`` was asked for by name and cannot run here.
+    """
+    if requested == "reference" or (requested != "triton" and arch.vendor == "cpu"):
+        return "reference"
+    reasons = availability_reasons("triton", arch)
+    if dtype not in TRITON.dtypes:
+        reasons.append(f"dtype {str(dtype).removeprefix('torch.')} is not one of its dtypes")
+    if requested != "triton":
+        return "reference" if reasons else "triton"
+    if reasons:
+        raise BackendError("the Triton kernels cannot run this layer:\n" + "\n".join(f"  triton: {r}" for r in reasons))
+    return "triton"
+
+
+def load_layers(name: str) -> LayerBackend:
+    """The layers of a back end, imported at their first use."""
+    module = CAPABILITIES[name].module.removesuffix(".backend")
+    return importlib.import_module(f"{module}.layers")  # type: ignore[return-value]
 
 
 class OfflineCompiler(Protocol):

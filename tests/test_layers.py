@@ -22,7 +22,7 @@ LEAVES = frozenset(
     f"flash_rocm.{name}"
     for name in (
         *("problem", "runtime", "virtual_device", "config", "config_schema", "validation", "files", "timing", "tuned"),
-        *("sinks", "splits", "cache_validation", "ck_instances"),
+        *("sinks", "splits", "cache_validation", "ck_instances", "layer_calls"),
         *("amdgpu.assembly", "amdgpu.chips"),
     )
 )
@@ -40,6 +40,11 @@ ALLOWED = {
     "flash_rocm.ops": LEAVES | {"flash_rocm.decision"},
     "flash_rocm.cache_ops": LEAVES | {"flash_rocm.decision", "flash_rocm.ops"},
     "flash_rocm.attend": LEAVES | {"flash_rocm.ops"},
+    "flash_rocm.layers.ops": LEAVES | {"flash_rocm.backends"},
+    "flash_rocm.layers.rotary": LEAVES | {"flash_rocm.layers.ops"},
+    "flash_rocm.layers.norm": LEAVES | {"flash_rocm.layers.ops", "flash_rocm.attend"},
+    "flash_rocm.layers.cross_entropy": LEAVES | {"flash_rocm.layers.ops"},
+    "flash_rocm.layers.activations": frozenset(),
     "flash_rocm.inference": LEAVES | {"flash_rocm.cache_ops"},
     "flash_rocm.api": LEAVES | {"flash_rocm.attend", "flash_rocm.inference"},
     "flash_rocm.v3.attention": LEAVES | {"flash_rocm.attend", "flash_rocm.inference"},

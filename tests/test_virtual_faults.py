@@ -165,6 +165,19 @@ def test_uninitialised_register() -> None:
         run_lines("s_cmp_eq_u32 s9, 0")
 
 
+def test_uninitialised_half_of_a_pair() -> None:
+    """Of a packed instruction each result depends on its own half of the sources, which it may overwrite."""
+    packed = (
+        PROLOGUE + "v_mov_b32_e32 v2, 1.0\n v_pk_mul_f32 v[2:3], v[2:3], v[2:3] op_sel:[{0},0] op_sel_hi:[{1},{1}]\n "
+    )
+    run_lines(packed.format(0, 1) + "global_store_dword v1, v2, s[4:5]")
+    run_lines(packed.format(0, 0) + "global_store_dword v1, v3, s[4:5]")
+    with pytest.raises(UninitialisedRead, match="v3"):
+        run_lines(packed.format(0, 1) + "global_store_dword v1, v3, s[4:5]")
+    with pytest.raises(UninitialisedRead, match="v2"):
+        run_lines(packed.format(1, 0) + "global_store_dword v1, v2, s[4:5]")
+
+
 def test_uninitialised_memory() -> None:
     code, _ = kernels.build(kernels.copy_kernel, "gfx942", FLOATS, 256)
     gpu = VirtualGpu("gfx942")

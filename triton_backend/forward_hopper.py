@@ -90,14 +90,13 @@ def _attend_tiles(
     for tile in range(first_tile, end_tile):
         stage = (tile - 1) % STAGES
         s = _scores_of(q, keys, k_full, tile, BLOCK_N, STAGES)
+        mbarrier.wait(v_full.index(stage), ((tile - 1) // STAGES) & 1)
         acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(tile % STAGES), count=1)
         p_next, row_max, row_sum, factor = _softmax(
             s, row_max, row_sum, begin + tile * BLOCK_N, first_col, last_col, scale, MASKED, BLOCK_N
         )
-        # This wait, which the next products need, keeps the softmax before the one for acc: ptxas moves nothing past it.
-        mbarrier.wait(v_full.index(tile % STAGES), (tile // STAGES) & 1)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(stage), count=1)
         acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -131,7 +130,6 @@ def _attend(
         mbarrier.arrive(k_empty.index(0), count=1)
         p, row_max, row_sum, _ = _softmax(s, row_max, row_sum, begin, first_col, last_col, scale, True, BLOCK_N)
         p = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, out_layout, 2))
-        mbarrier.wait(v_full.index(0), 0)
         tiles = gl.cdiv(end - begin, BLOCK_N)
         first_full = gl.minimum(gl.maximum((full_begin - begin) // BLOCK_N, 1), tiles)
         end_full = gl.maximum((full_end - begin) // BLOCK_N, first_full)
@@ -148,7 +146,9 @@ def _attend(
             acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, begin, end_full, tiles,
             first_col, last_col, scale, True, BLOCK_N, STAGES,
         )  # fmt: skip
-        acc = warpgroup_mma(p, values.index((tiles - 1) % STAGES), acc, is_async=True)
+        stage = (tiles - 1) % STAGES
+        mbarrier.wait(v_full.index(stage), ((tiles - 1) // STAGES) & 1)
+        acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
     # As in the Triton kernel: a row without a key, and one that sees nothing but NaN.
     dead = (row_max == float("-inf")) & (row_sum == 0.0)

@@ -19,7 +19,7 @@ from .common import INTERPRET
 from .compile import BUFFER_BYTES
 from .forward_hopper import attn_fwd_hopper_kernel
 from .forward_kernel import attn_fwd_kernel
-from .plan import Plan, is_plain, plan
+from .plan import Launchable, Plan, is_plain, plan
 from .probs_kernel import attn_probs_kernel
 
 _KNOWN_MAX = 4096
@@ -35,7 +35,7 @@ Tensors = tuple[torch.Tensor | None, ...]
 class Call(NamedTuple):
     """What launching one kernel takes, the first time."""
 
-    plan: Plan
+    plan: Launchable
     programs: int  # workgroups
     tensors: Tensors
     lse_strides: tuple[int, ...]  # two, or none
@@ -124,9 +124,9 @@ class Launcher:
                     self._known.clear()
                 self._known[key] = _Known(compiled, device.index, programs, tail)
 
-    def kernel_of(self, current: Plan) -> Any:
+    def kernel_of(self, current: Launchable) -> Any:
         """The Triton function of a plan's implementation."""
-        return self._kernels[current.config.implementation]
+        return self._kernels[current.implementation]
 
     def tail_of(self, call: Call) -> tuple[Any, ...]:
         """Arguments of the kernel behind the strides of softmax_lse: run-time numbers, then constants."""

@@ -91,7 +91,7 @@ def _cache_source(
             f"kernel: expected {cache_kernel(problem, v_is_k2)!r} for {problem.describe()}, got {kernel!r}"
         )
     # inspect does not look at the Gluon kernels: without plain facts, no entry asks for one.
-    function = ATTEND["triton"].kernel
+    function = ATTEND.kernel
     current = cache_plan(problem, arch, source, v_is_k2)
     in_parts = num_splits_of(problem, current, arch) > 1
     vec = math.gcd(16 // problem.dtype.itemsize, problem.headdim, problem.headdim_v)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -98,6 +98,25 @@ def describe_configs(problem: AttentionProblem, arch: Arch) -> list[str]:
     return [f"{kernel}: {entry.describe()}" for kernel, entry in found]
 
 
+class Launchable(Protocol):
+    """What a launch needs of a plan."""
+
+    @property
+    def implementation(self) -> str:
+        """Which of the kernels of this name."""
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments of the kernel by name."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Options of the compiler."""
+
+    def too_large(self, what: str, limit: int, got: int) -> ConfigError:
+        """The error for a kernel that the chip has no room for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What one kernel launch of a problem takes besides pointers and strides.
@@ -117,6 +136,11 @@ class Plan:
     window_right: int
     dropout_threshold: int
     dropout_rescale: float
+
+    @property
+    def implementation(self) -> str:
+        """Which of the kernels of this name."""
+        return self.config.implementation
 
     def too_large(self, what: str, limit: int, got: int) -> ConfigError:
         """The error for a kernel that the chip has no room for, which shows only when it is compiled."""

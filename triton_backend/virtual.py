@@ -13,7 +13,7 @@ from flash_rocm import runtime, virtual_device
 from flash_rocm.amdgpu.chips import CHIPS
 
 from .compile import BUFFER_BYTES, Pointer, compile_for
-from .plan import Plan
+from .plan import Launchable
 
 # Compiling and decoding take far longer than a lookup, and a layer repeats its calls.  Decoded kernels take
 # megabytes each, so that only those used last are kept.
@@ -41,7 +41,7 @@ class _Memory:
 
 def launch(
     kernel: Any,
-    current: Plan,
+    current: Launchable,
     programs: int,
     tensors: tuple[torch.Tensor | None, ...],
     numbers: tuple[int | float, ...],

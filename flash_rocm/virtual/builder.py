@@ -36,6 +36,7 @@ class Builder:
         first_source: index of the operand that is src0.
         reads, writes: registers as bits, collected from the getters and writers asked for.
         unneeded: those of ``reads`` that may be undefined without harm.
+        parts: (reads, writes) of results that do not depend on each other's sources; empty: one result of all.
         counter: the counter that counts it ("vm", "vs", "ds", "sm"), None for what loads nothing.
         loads: bits of the registers that arrive later, under ``counter``.
         float_rows: rows of V that get float32 results.
@@ -51,6 +52,7 @@ class Builder:
         self.mask_words = self.lanes // 32
         self.first_source = 1
         self.reads = self.writes = self.unneeded = 0
+        self.parts: tuple[tuple[int, int], ...] = ()
         self.counter: str | None = None
         self.loads: list[int] = []
         self.float_rows: list[int] = []

@@ -69,6 +69,7 @@ class Step:
     counter: str | None
     sink: bool  # undefined sources do harm
     float_rows: tuple[int, ...]
+    parts: tuple[tuple[int, int], ...] = ()  # (reads, writes) of results that are undefined one by one
 
 
 @dataclasses.dataclass(slots=True)
@@ -173,7 +174,7 @@ class Executable:
             needs |= builder.reads & ~builder.unneeded
             rows += tuple(builder.float_rows)
         sink = first.counter is not None or name.startswith(("s_cmp", "s_bitcmp")) or bool(writes >> S_BIT + EXEC & 3)
-        return Step(run, index, instruction.text, reads, needs, writes, first.counter, sink, rows)
+        return Step(run, index, instruction.text, reads, needs, writes, first.counter, sink, rows, first.parts)
 
 
 def _in_mode(descriptor: Descriptor, instruction: Instruction) -> Descriptor:

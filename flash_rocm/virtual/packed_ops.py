@@ -57,10 +57,14 @@ def _packed_f32(count: int, function: Callable[..., Any]) -> Callable[[Builder],
     def compile_one(b: Builder) -> Handler:
         low, high, neg_low, neg_high = _selection(b, count)
         lows = [_float32_of_pair(b, k, low[k], neg_low[k]) for k in range(count)]
+        low_reads, b.reads = b.reads, 0
         highs = [_float32_of_pair(b, k, high[k], neg_high[k]) for k in range(count)]
         operand = b.expect(0, "v", 2)
         b.write_bits(operand)
         row = operand.row
+        # Compilers compute pairs of which they need one.
+        b.parts = ((low_reads, 1 << row), (b.reads, 2 << row))
+        b.reads |= low_reads
         b.float_rows += [row, row + 1]
         flush = b.descriptor.flush_f32
         in_place = isinstance(function, np.ufunc) and not flush

@@ -77,12 +77,19 @@ class Tracker:
         """Check one instruction (a ``Step``) that touches a register under suspicion."""
         self._check_pending(group, step.reads, step.writes, step.counter)
         if self.undefined & (step.needs | step.writes):
-            self._spread_undefined(group, step.needs, step.writes, step.sink)
+            if step.parts:
+                # All sources are read before the first result is written.
+                found = [(writes, self._missing(group, reads, False)) for reads, writes in step.parts]
+                for writes, missing in found:
+                    self._define(group, writes, missing)
+            else:
+                self._define(group, step.writes, self._missing(group, step.needs, step.sink))
+            self._update()
 
     def before_condition(self, group: Any, reads: int) -> None:
         """Check what a branch depends on."""
         self._check_pending(group, reads, 0, None)
-        self._spread_undefined(group, reads, 0, True)
+        self._missing(group, reads, True)
 
     def _check_pending(self, group: Any, reads: int, writes: int, counter: str | None) -> None:
         for name, mask in self.pending.items():
@@ -95,8 +102,8 @@ class Tracker:
                     bit = bits[int(np.nonzero(late.any(axis=1))[0][0])]
                     raise MissingWait(f"{register_name(bit, self.vgprs)} is used before the wait for its load ({name})")
 
-    def _spread_undefined(self, group: Any, reads: int, writes: int, sink: bool) -> None:
-        """Results of undefined sources are undefined; a sink must not have any.
+    def _missing(self, group: Any, reads: int, sink: bool) -> Any:
+        """Which waves lack a source, as results of undefined sources are undefined; a sink must not lack any.
 
         A sink is where undefined values do harm: addresses, stored data, conditions.  Anything else only
         hands them on, as compilers let instructions compute with parts that are never used.
@@ -110,6 +117,10 @@ class Tracker:
             if sink and missing.any():
                 bit = bits[int(np.nonzero(lacking.any(axis=1))[0][0])]
                 raise UninitialisedRead(f"{register_name(bit, self.vgprs)} is used, and nothing has given it a value")
+        return missing
+
+    def _define(self, group: Any, writes: int, missing: Any) -> None:
+        """Note that registers are written, of undefined sources in the waves that are missing one."""
         spread = bool(missing.any())
         for bit in bits_of(writes if spread else self.undefined & writes):
             self.defined[bit, group.sel] = ~missing
@@ -117,7 +128,6 @@ class Tracker:
                 self.undefined &= ~(1 << bit)
             else:
                 self.undefined |= 1 << bit
-        self._update()
 
     def issue(self, group: Any, counter: str, registers: list[int], mask: int) -> None:
         """Count one memory instruction; ``registers`` (bits, also as ``mask``) are what it loads."""
