@@ -11,7 +11,7 @@ COPY . /opt/flash_rocm
 RUN python3 -m pip install --no-cache-dir "setuptools>=77" wheel \
  && python3 -m pip install --no-cache-dir --no-build-isolation --no-deps /opt/flash_rocm
 
-# Which back end runs the calls: auto, triton, reference, or ck (which this version does not build).
+# Which back end runs the calls: auto, triton, reference, or ck (which this image is built without).
 # Change it for one container with: docker run -e FLASH_ROCM_BACKEND=reference ...
 ENV FLASH_ROCM_BACKEND=auto
 

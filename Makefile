@@ -3,6 +3,7 @@
 #   make demo     a pretrained sentence encoder whose attention flash_rocm runs
 #   make test     all tests that need no GPU
 #   make test-virtual  all cases on the virtual AMD GPU, of which make test runs a part
+#   make ck       the Composable Kernel back end: build the library of its tests, run them on the virtual AMD GPU
 #   make lint     ruff and mypy
 #   make inspect  what the kernels compile to: bf16 for every AMD chip, the other types for gfx942 and gfx1100
 #   make inspect-all   the same for every type and chip, NVIDIA's too, and all head dims over a K/V cache
@@ -37,7 +38,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
 PACKAGE := pyproject.toml setup.py flash_rocm/__init__.py
 
-.PHONY: demo test test-virtual llvm aiter flash-attn-tests lint bench inspect inspect-all inspect-oldest venv clean FORCE
+.PHONY: demo test test-virtual ck ck-tools ck-library llvm aiter flash-attn-tests lint bench inspect inspect-all inspect-oldest venv clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -45,13 +46,22 @@ demo: $(VENV)/.demo
 
 LEFT_OUT := out/left-to-test-virtual.txt
 
+# Where the library of the ck tests is built; what is there already is not compiled again.
+CK_CACHE := $(abspath out/ck-cache)
+CK_ARCHS ?= gfx90a,gfx942
+# The wheel that other tests fetch has it; without it the build fetches what is pinned.
+CK_HOME ?= $(wildcard $(abspath $(VENV))/aiter/aiter_meta/3rdparty/composable_kernel)
+# One name a line; "make ck CK_INSTANCES='*'" builds, but does not test, all that the configs ask for.
+CK_INSTANCES ?= $(shell paste -sd, tests/ck_instances.txt)
+
 # The folder that holds aiter_meta; tests that find none there are skipped.
 test test-virtual: export FLASH_ROCM_TEST_AITER ?= $(abspath $(VENV))/aiter
 # The folder that holds flash-attn's own tests.
 test: export FLASH_ROCM_TEST_FLASH_ATTN ?= $(abspath $(VENV))/flash-attn-tests
 
 test: $(VENV)/.demo $(VENV)/.test llvm aiter flash-attn-tests
-	$(PYTEST) -m "not gpu and not interpret and not exhaustive" $(PYTEST_ARGS)
+	$(PYTEST) -m "not gpu and not interpret and not exhaustive and not ck" $(PYTEST_ARGS)
+	@echo "Left to make ck: the tests that run the compiled library of Composable Kernel"
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpret" $(PYTEST_ARGS)
 	@mkdir -p out && $(BIN)/python -m pytest -q -m exhaustive --collect-only > $(LEFT_OUT) && \
 	  echo "Left to make test-virtual, by name in $(LEFT_OUT): $$(tail -n 1 $(LEFT_OUT))"
@@ -59,10 +69,17 @@ test: $(VENV)/.demo $(VENV)/.test llvm aiter flash-attn-tests
 test-virtual: $(VENV)/.test llvm aiter
 	$(PYTEST) -m "virtual" $(PYTEST_ARGS)
 
+ck: ck-library
+	FLASH_ROCM_TEST_CK=$(CK_CACHE) $(PYTEST) -m "ck" $(PYTEST_ARGS)
+
+ck-library: $(VENV)/.test ck-tools aiter
+	$(if $(CK_HOME),CK_HOME="$(CK_HOME)") $(BIN)/flash-rocm build --ck --arch $(CK_ARCHS) --instances "$(CK_INSTANCES)" \
+	  --output $(CK_CACHE)/ck
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy flash_rocm triton_backend ck_backend
+	$(BIN)/mypy flash_rocm triton_backend ck_backend third_party
 
 bench: $(VENV)/.bench
 	$(BIN)/flash-rocm bench $(BENCH_ARGS)
@@ -127,6 +144,8 @@ $(VENV)/.oldest: $(VENV)/.package
 	$(PIP) install $(OLDEST_TRITON)
 	@touch $@
 
+CK_PACKAGES := clang-22 lld-22 llvm-22 clang-tools-22 g++
+
 # These only add tests: without them the others run, and the text says what is left out.
 
 llvm:
@@ -136,6 +155,16 @@ llvm:
 	      { apt-get update -qq && apt-get install -qq -y --no-install-recommends llvm-22; }; }; } || \
 	  echo "llvm-objdump-22 is not here and was not installed (it takes root and apt-get): the tests of AMD's" \
 	    "assembled kernels, of foreign code objects and of what LLVM assembles are left out"
+
+# Without these there is nothing that make ck could do.
+ck-tools:
+	@for tool in clang++-22 ld.lld-22 llvm-as-22 llvm-objdump-22 clang-offload-bundler-22; do \
+	  command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	[ -z "$$missing" ] || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    { apt-get install -qq -y --no-install-recommends $(CK_PACKAGES) || \
+	      { apt-get update -qq && apt-get install -qq -y --no-install-recommends $(CK_PACKAGES); }; }; } || \
+	  { echo "make ck needs$$missing: apt-get install $(CK_PACKAGES)"; exit 1; }
 
 aiter:
 	@$(MAKE) --no-print-directory $(VENV)/.aiter || \

@@ -1,14 +1,23 @@
-"""Packages of the wheel: site-packages gets one name, ``flash_rocm``."""
+"""Packages of the wheel: site-packages gets one name, ``flash_rocm``.  ``FLASH_ROCM_BUILD=ck`` adds a library."""
 
+import importlib.util
 import os
 import pathlib
 import re
+import sys
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent
 #: Folder of the tree -> name inside the installed package.
-EMBEDDED = {"triton_backend": "flash_rocm._triton", "ck_backend": "flash_rocm._ck", "configs": "flash_rocm._configs"}
+EMBEDDED = {
+    "triton_backend": "flash_rocm._triton",
+    "ck_backend": "flash_rocm._ck",
+    "configs": "flash_rocm._configs",
+    "third_party": "flash_rocm._third_party",
+}
 
 
 def version() -> str:
@@ -18,27 +27,82 @@ def version() -> str:
     return found.group(1)
 
 
-def check_build_request() -> None:
-    """Refuse to build what this version does not have, instead of leaving it out."""
+def build_request() -> str:
+    """What ``FLASH_ROCM_BUILD`` asks for: ck or none."""
     request = os.environ.get("FLASH_ROCM_BUILD", "none").strip().lower()
-    if request in ("ck", "cuda"):
+    if request == "cuda":
         raise SystemExit(
-            f"FLASH_ROCM_BUILD={request}: this version has no compiled back end yet (ck and cuda are to come). "
+            "FLASH_ROCM_BUILD=cuda: this version has no compiled part for CUDA. "
             "Unset it: the Triton kernels need no build."
         )
-    if request not in ("", "none"):
+    if request not in ("", "none", "ck"):
         raise SystemExit(f"FLASH_ROCM_BUILD: expected ck, cuda or none, got {request!r}.")
+    return request or "none"
 
 
-check_build_request()
+def mount() -> None:
+    """Make the tree importable as the package that it becomes, for the build that is part of it."""
+    sys.path.insert(0, str(ROOT))
+    for folder, name in EMBEDDED.items():
+        init = ROOT / folder / "__init__.py"
+        spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(init.parent)])
+        if spec is None or spec.loader is None:
+            raise SystemExit(f"{init}: expected the package {name}")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+
+
+class BuildLibrary(build_ext):
+    """Compiles the library of the ``ck`` back end instead of a module of Python's."""
+
+    def build_extension(self, ext: Extension) -> None:
+        mount()
+        from flash_rocm._ck import build
+
+        from flash_rocm import runtime
+        from flash_rocm.config_schema import ConfigError
+
+        source = runtime.config_source()
+        out = pathlib.Path(self.get_ext_fullpath(ext.name)).parent
+        try:
+            build.build(runtime.build_request(), ROOT / "build" / "ck", out, source.folder if source else None)
+        except (build.BuildError, ConfigError) as error:
+            raise SystemExit(f"FLASH_ROCM_BUILD=ck: {error}") from error
+
+    def get_outputs(self) -> list[str]:
+        """None: the files are no module, and a list of them is only asked for by installs that are no wheel."""
+        return []
+
+
+class ArchWheel(bdist_wheel):
+    """One wheel serves all versions of Python, for nothing of it is a module of Python's; but one platform."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
 
 packages = ["flash_rocm", *(f"flash_rocm.{name}" for name in find_packages("flash_rocm"))]
 for folder, name in EMBEDDED.items():
     packages += [name, *(f"{name}.{inner}" for inner in find_packages(folder))]
 
+compiled = {}
+local = ""
+if build_request() == "ck":
+    archs = os.environ.get("FLASH_ROCM_ARCHS") or os.environ.get("GPU_ARCHS") or ""
+    local = "+ck." + ".".join(re.findall(r"[0-9a-z]+", archs))
+    compiled = {
+        "ext_modules": [Extension("flash_rocm._ck._C", [])],
+        "cmdclass": {"build_ext": BuildLibrary, "bdist_wheel": ArchWheel},
+    }
+
 setup(
-    version=version(),
+    version=version() + local,
     packages=packages,
     package_dir={"flash_rocm": "flash_rocm", **{name: folder for folder, name in EMBEDDED.items()}},
-    package_data={"flash_rocm._configs": ["*.json"]},
+    package_data={"flash_rocm._configs": ["*.json"], "flash_rocm._ck": ["csrc/*"]},
+    **compiled,
 )

@@ -1,5 +1,5 @@
-"""The Composable Kernel back end.
+"""The Composable Kernel back end: generated instances, a torch-free core, and operators on PyTorch's stable ABI.
 
-Its compiled part, ``flash_rocm._ck._C``, is not part of this version: selection reports it as not
-built (see ``flash_rocm.backends``).
+``generate`` turns the ``ck`` entries of configs/*.json into C++, ``build`` compiles it, ``library`` loads what was
+compiled, ``backend`` is what selection calls.
 """

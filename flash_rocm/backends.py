@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from flash_rocm import runtime
+from flash_rocm import ck_instances, runtime
+from flash_rocm.ck_instances import CkLibrary
 from flash_rocm.config_schema import KernelConfig, Provenance
 from flash_rocm.layer_calls import NormBackward, NormCall, NormForward, NormGradients
 from flash_rocm.problem import FEATURES, AttentionInputs, AttentionProblem, CacheInputs
@@ -99,13 +100,16 @@ TRITON = Capability(
     minimum_sm=80,
 )
 
+#: What the shipped configs have instances for; which of them a library has, its build decides.
 CK = Capability(
     name="ck",
-    module="flash_rocm._ck",
+    module="flash_rocm._ck.backend",
     dtypes=frozenset({torch.float16, torch.bfloat16}),
     max_headdim=256,
-    features=frozenset(),
-    archs=("gfx90a", "gfx942", "gfx950"),
+    features=frozenset(
+        {*("varlen", "causal", "window", "gqa", "headdim_v", "softcap", "alibi"), *("deterministic", "backward")}
+    ),
+    archs=("gfx90a", "gfx942"),
 )
 
 CAPABILITIES = {capability.name: capability for capability in (CK, TRITON, REFERENCE)}
@@ -132,15 +136,11 @@ def availability_reasons(name: str, arch: Arch) -> list[str]:
     return reasons + _arch_reasons(CAPABILITIES[name], arch)
 
 
-@functools.cache
 def _installation_reasons(name: str) -> list[str]:
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return ["the triton package is not installed (pip install triton, or a ROCm/CUDA build of torch brings it)"]
-    if name == "ck" and importlib.util.find_spec("flash_rocm._ck._C") is None:
-        return [
-            "not built: this version has no compiled part yet (once it has: FLASH_ROCM_BUILD=ck "
-            "pip install --no-build-isolation .)"
-        ]
+    if name == "ck" and ck_instances.built() is None:
+        return [f"not built: {ck_instances.BUILD_COMMAND.format(archs='gfx90a;gfx942')}"]
     return []
 
 
@@ -169,12 +169,17 @@ def refusal_reasons(name: str, problem: AttentionProblem, arch: Arch) -> list[st
             f"{feature} with headdim {problem.headdim}, over {capability.max_headdim}, is not implemented"
             for feature in sorted(problem.features() & {"qv", "rotary"})
         ]
-    reasons += [f"{feature} is not implemented" for feature in sorted(problem.features() - capability.features)]
+    lacks = sorted(problem.features() - capability.features)
+    reasons += [f"{feature} is not implemented" for feature in lacks]
+    if name == "ck":
+        # Which instance is missing is of interest only where one could help.
+        reasons += ck_instances.refusals(problem, arch.name, None if reasons else ck_instances.built())
     return reasons
 
 
 @functools.lru_cache(maxsize=4096)
-def _decide(problem: AttentionProblem, arch: Arch, requested: str, interpret: bool) -> str:
+def _decide(problem: AttentionProblem, arch: Arch, requested: str, interpret: bool, library: CkLibrary | None) -> str:
+    # The last two are what the reasons depend on beside the rest.
     candidates = AUTO_ORDER[arch.vendor] if requested == "auto" else (requested,)
     for name in candidates:
         if not refusal_reasons(name, problem, arch):
@@ -202,7 +207,7 @@ def select(problem: AttentionProblem, arch: Arch, requested: str) -> str:
     Raises:
         BackendError: no candidate accepts the problem; the text has every back end's reasons.
     """
-    return _decide(problem, arch, requested, runtime.triton_interpret())
+    return _decide(problem, arch, requested, runtime.triton_interpret(), ck_instances.built())
 
 
 @functools.cache
@@ -368,6 +373,11 @@ def load_workers() -> Any:
     return importlib.import_module("flash_rocm._triton.workers")
 
 
+def load_ck_builder() -> Any:
+    """What compiles the library of the ``ck`` back end: ``build`` and ``BuildError`` of ck_backend/build.py."""
+    return importlib.import_module("flash_rocm._ck.build")
+
+
 def load_planner() -> Planner:
     """Configs and constants of the Triton kernels; needs no Triton."""
     return importlib.import_module("flash_rocm._triton.plan")  # type: ignore[return-value]
@@ -406,4 +416,6 @@ def explain_problem(problem: AttentionProblem, arch: Arch, requested: str) -> Ex
     configs: tuple[str, ...] = ()
     if chosen == "triton":
         configs = tuple(load_planner().describe_configs(problem, arch))
+    elif chosen == "ck":
+        configs = tuple(ck_instances.describe(problem, arch.name, ck_instances.built()))
     return Explanation(problem, arch, requested, chosen, reasons, configs)

@@ -14,7 +14,7 @@ from flash_rocm.bench.progress import Progress
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.inspect import InspectError
 from flash_rocm.inspect.cli import add_case_arguments, cases_of, names
-from flash_rocm.inspect.kernels import CACHE_KERNELS, TRAINING_KERNELS, problem_of
+from flash_rocm.inspect.kernels import CACHE_KERNELS, DTYPES, MASKS, TRAINING_KERNELS, problem_of
 from flash_rocm.inspect.report import Case
 from flash_rocm.runtime import ConfigSource
 
@@ -24,14 +24,21 @@ LAYOUTS = ("dense", "varlen")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command; every list takes commas."""
     add = parser.add_argument
-    add("--triton", action="store_true", required=True, help="the Triton kernels, so far the only ones to build")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--triton", action="store_true", help="the Triton kernels")
+    what.add_argument("--ck", action="store_true", help="the library of Composable Kernel, for --arch and --instances")
     add_case_arguments(parser, TRAINING_KERNELS)
+    add(
+        "--instances",
+        metavar="PATTERNS",
+        help="of the names of Composable Kernel's, such as 'forward_bf16_d128*', with commas between; default: all",
+    )
     add("--layout", type=names, default=list(LAYOUTS), metavar="LAYOUT", help=f"of {', '.join(LAYOUTS)}; default: both")
     add(
         "--output",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder to fill; default: triton in FLASH_ROCM_CACHE_DIR, where launches find it",
+        help="folder to fill; default: triton or ck in FLASH_ROCM_CACHE_DIR, where launches find it",
     )
 
 
@@ -73,6 +80,39 @@ def tasks_of(cases: Sequence[Case], layouts: Sequence[str], source: ConfigSource
 
 def run(args: argparse.Namespace) -> int:
     """Compile and say what came of it; 1 if a kernel failed, 2 for wrong arguments."""
+    return _run_ck(args) if args.ck else _run_triton(args)
+
+
+def _run_ck(args: argparse.Namespace) -> int:
+    others = {"--kernel": args.kernel, "--headdim": args.headdim}
+    others |= {"--dtype": args.dtype != list(DTYPES), "--mask": args.mask != list(MASKS)}
+    others["--layout"] = args.layout != list(LAYOUTS)
+    for option in (option for option, value in others.items() if value):
+        print(f"flash-rocm build: {option}: expected no value with --ck. Hint: --instances", file=sys.stderr)
+        return 2
+    folder = args.output or runtime.cache_dir() / "ck"
+    builder, request, source = backends.load_ck_builder(), runtime.build_request(), runtime.config_source()
+    try:
+        jobs = min(args.jobs, builder.jobs_of(request.max_jobs))
+        request = request._replace(archs=tuple(args.arch), max_jobs=str(jobs))
+        if args.instances is not None:
+            request = request._replace(instances=args.instances)
+        units = builder.build(request, folder.parent / "work", folder, source.folder if source else None)
+    except (builder.BuildError, ConfigError, OSError) as error:
+        print(f"flash-rocm build: {error}", file=sys.stderr)
+        return 1
+    print(f"{len(units)} instances in {folder} for {', '.join(args.arch)}")
+    if runtime.built_ck() != folder:
+        named = folder.name == "ck"
+        print(f"calls find them with FLASH_ROCM_CACHE_DIR={folder.parent if named else '...'}", end="")
+        print("" if named else ", where this folder has to be named ck")
+    return 0
+
+
+def _run_triton(args: argparse.Namespace) -> int:
+    if args.instances is not None:
+        print("flash-rocm build: --instances: expected no value without --ck", file=sys.stderr)
+        return 2
     folder = args.output or runtime.cache_dir() / "triton"
     try:
         tasks = list(tasks_of(cases_of(args, TRAINING_KERNELS), args.layout, runtime.config_source()))

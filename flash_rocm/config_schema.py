@@ -39,8 +39,14 @@ PROVENANCE_KEYS = ("how", "date", "compiler", "note")
 ENTRY_KEYS = ("kernel", "match", "options", "limits", "provenance")
 FILE_KEYS = ("arch", "inherits", "triton", "ck")
 CK_KERNELS = ("forward", "backward")
-CK_PIPELINES = ("qr", "qr_async")
-CK_KEYS = ("kernel", "match", "tile", "warps", "pipeline", "occupancy", "provenance")
+CK_DTYPES = ("float16", "bfloat16")
+#: Pipelines of each kernel; those of AMD's matrix cores with 64 lanes.
+CK_PIPELINES = {"forward": ("qr", "qr_async"), "backward": ("kr_ktr_vr",)}
+#: What an instance may be compiled for; one that is "masked" also takes calls without a mask.
+CK_VARIANTS = ("varlen", "masked", "alibi", "softcap", "deterministic")
+#: Numbers in each list of an entry.
+CK_LENGTHS = {"forward": {"tile": 6, "warps": 3, "warp_tile": 3}, "backward": {"tile": 9, "warps": 9, "warp_tile": 6}}
+CK_KEYS = ("kernel", "dtype", "tile", "warps", "warp_tile", "pipeline", "occupancy", "variants", "provenance")
 _UNLIMITED = 1 << 30
 
 
@@ -185,20 +191,32 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class CkConfig:
-    """One entry of a file's ``ck`` section: an instance of a Composable Kernel pipeline.
+    """One entry of a file's ``ck`` section: instances of a Composable Kernel pipeline, one for each dtype and variant.
 
-    ``tile`` as CK's generator orders it: M0, N0, K0, N1, K1 and the padded head dim of forward, nine numbers
-    of backward.  ``warps`` in M, N, K; ``occupancy`` in workgroups per compute unit, 0 for CK's choice.
+    Attributes:
+        tile: forward M0, N0, K0, N1 (the head dim of v), K1 and the head dim of q; backward M0, N0, K0 to K4 and the
+            head dims of q and v.
+        warps: in M, N, K; backward: of S and dP, of dK and dV, of dQ.
+        warp_tile: of one matrix instruction in M, N, K; backward: of S, dP and dQ, of dK and dV.
+        occupancy: workgroups per compute unit, 0 for CK's choice.
+        variants: sets of :data:`CK_VARIANTS`, tried in this order.
     """
 
     kernel: str
-    match: Match
+    dtypes: tuple[str, ...]
     tile: tuple[int, ...]
-    warps: tuple[int, int, int]
+    warps: tuple[int, ...]
+    warp_tile: tuple[int, ...]
     pipeline: str
     occupancy: int
+    variants: tuple[tuple[str, ...], ...]
     provenance: Provenance
     source: str
+
+    @property
+    def headdims(self) -> tuple[int, int]:
+        """The largest head dims of q and v."""
+        return (self.tile[5], self.tile[3]) if self.kernel == "forward" else (self.tile[7], self.tile[8])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,16 +360,42 @@ def _check_numbers(where: str, raw: Any, count: int) -> tuple[int, ...]:
     return tuple(_check_integer(f"{where}[{index}]", value, 1) for index, value in enumerate(raw))
 
 
+def _check_names(where: str, raw: Any, choices: tuple[str, ...]) -> tuple[str, ...]:
+    if not isinstance(raw, list) or len(set(map(str, raw))) != len(raw):
+        raise ConfigError(f"{where}: expected a list of {', '.join(choices)}, each once, got {raw!r}")
+    return tuple(_check_choice(f"{where}[{index}]", name, choices) for index, name in enumerate(raw))
+
+
+def _check_variant(where: str, kernel: str, raw: Any) -> tuple[str, ...]:
+    """The names in the order of :data:`CK_VARIANTS`, if Composable Kernel has what they ask for together."""
+    variant = set(_check_names(where, raw, CK_VARIANTS))
+    other = {"forward": "deterministic", "backward": "softcap"}[kernel]
+    reasons = {
+        f"{other}, which is not for {kernel}": other in variant,
+        "alibi without masked, whose corner its distances are from": "alibi" in variant and "masked" not in variant,
+        "alibi with softcap, which Composable Kernel does not combine": {"alibi", "softcap"} <= variant,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(f"{where}: expected another set, got {reason}")
+    return tuple(name for name in CK_VARIANTS if name in variant)
+
+
 def _check_ck_entry(where: str, source: str, raw: Any) -> CkConfig:
-    entry = check_object(where, raw, CK_KEYS, [key for key in CK_KEYS if key != "match"])
+    entry = check_object(where, raw, CK_KEYS, CK_KEYS)
     kernel = _check_choice(f"{where}.kernel", entry["kernel"], CK_KERNELS)
+    dtypes = _check_names(f"{where}.dtype", entry["dtype"], CK_DTYPES)
+    variants = entry["variants"]
+    if not dtypes or not isinstance(variants, list) or not variants:
+        raise ConfigError(f"{where}: expected at least one dtype and one variant, got {dtypes} and {variants!r}")
+    numbers = {key: _check_numbers(f"{where}.{key}", entry[key], count) for key, count in CK_LENGTHS[kernel].items()}
     return CkConfig(
         kernel=kernel,
-        match=_check_match(f"{where}.match", entry.get("match", {})),
-        tile=_check_numbers(f"{where}.tile", entry["tile"], 6 if kernel == "forward" else 9),
-        warps=_check_numbers(f"{where}.warps", entry["warps"], 3),  # type: ignore[arg-type]
-        pipeline=_check_choice(f"{where}.pipeline", entry["pipeline"], CK_PIPELINES),
+        dtypes=dtypes,
+        **numbers,
+        pipeline=_check_choice(f"{where}.pipeline", entry["pipeline"], CK_PIPELINES[kernel]),
         occupancy=_check_integer(f"{where}.occupancy", entry["occupancy"], 0),
+        variants=tuple(_check_variant(f"{where}.variants[{i}]", kernel, names) for i, names in enumerate(variants)),
         provenance=check_provenance(f"{where}.provenance", entry["provenance"]),
         source=source,
     )

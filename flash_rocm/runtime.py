@@ -193,10 +193,41 @@ def _cache_dir(own: bytes | None, shared: bytes | None) -> pathlib.Path:
 
 def prebuilt_kernels() -> pathlib.Path | None:
     """Where ``flash-rocm build`` has put compiled kernels: ``triton`` in an explicit ``FLASH_ROCM_CACHE_DIR``."""
+    return _built_in_cache("triton")
+
+
+def built_ck() -> pathlib.Path | None:
+    """Where ``flash-rocm build --ck`` has put its library: ``ck`` in an explicit ``FLASH_ROCM_CACHE_DIR``."""
+    return _built_in_cache("ck")
+
+
+def _built_in_cache(name: str) -> pathlib.Path | None:
     if not _variables.get(b"FLASH_ROCM_CACHE_DIR"):
         return None
-    folder = cache_dir() / "triton"
+    folder = cache_dir() / name
     return folder if folder.is_dir() else None
+
+
+class BuildRequest(NamedTuple):
+    """What the variables say of a build of the ``ck`` back end, unchecked."""
+
+    archs: tuple[str, ...]  # FLASH_ROCM_ARCHS, or GPU_ARCHS as other ROCm projects call it
+    instances: str  # FLASH_ROCM_INSTANCES, patterns of names with commas between
+    ck_home: str
+    rocm_home: str  # only if set
+    max_jobs: str
+
+
+def build_request() -> BuildRequest:
+    """Variables of a build; ``FLASH_ROCM_ARCHS`` wins over ``GPU_ARCHS``."""
+    archs = os.environ.get("FLASH_ROCM_ARCHS") or os.environ.get("GPU_ARCHS") or ""
+    return BuildRequest(
+        tuple(name for name in re.split(r"[;,\s]+", archs) if name),
+        os.environ.get("FLASH_ROCM_INSTANCES") or "*",
+        os.environ.get("CK_HOME") or "",
+        os.environ.get("ROCM_HOME") or "",
+        os.environ.get("MAX_JOBS") or "",
+    )
 
 
 @functools.cache
@@ -222,17 +253,22 @@ def triton_interpret() -> bool:
 
 #: Variables that this version reads.
 _VARIABLES = (
+    "CK_HOME",
+    "FLASH_ROCM_ARCHS",
     "FLASH_ROCM_AUTOTUNE",
     "FLASH_ROCM_BACKEND",
     "FLASH_ROCM_CACHE_DIR",
     "FLASH_ROCM_CONFIG_DIR",
     "FLASH_ROCM_DEBUG",
+    "FLASH_ROCM_INSTANCES",
     "FLASH_ROCM_KERNEL_CONFIG",
     "FLASH_ROCM_LOG",
     "FLASH_ROCM_VIRTUAL_GPU",
     "FLASH_ATTENTION_TRITON_AMD_AUTOTUNE",
     "FLASH_ATTENTION_TRITON_AMD_ENABLE",
     "FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON",
+    "GPU_ARCHS",
+    "MAX_JOBS",
     "ROCM_HOME",
     "TRITON_INTERPRET",
     "XDG_CACHE_HOME",

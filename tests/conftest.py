@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from calls import device, fresh_dynamo, received  # noqa: F401, fixtures of several files
+from ck_library import NO_LIBRARY, cache_of_tests
 
 from flash_rocm import runtime
 
@@ -24,21 +25,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """gpu tests need a GPU; interpret tests a process that was started for them."""
+    """gpu tests need a GPU; interpret tests a process that was started for them; ck tests a library."""
     no_gpu = pytest.mark.skip(reason="no GPU here")
+    no_library = pytest.mark.skip(reason=NO_LIBRARY)
     no_interpreter = pytest.mark.skip(reason="TRITON_INTERPRET=1 is not set: make test runs these in their own process")
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         if item.get_closest_marker("interpret") and not INTERPRETING:
             item.add_marker(no_interpreter)
+        if item.get_closest_marker("ck") and cache_of_tests() is None:
+            item.add_marker(no_library)
 
 
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the developer has set does not decide which back end a test takes."""
+def _clean_environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the developer has set does not decide which back end a test takes; ck tests find their library."""
     for name in set(runtime._VARIABLES) - {"TRITON_INTERPRET"}:
         monkeypatch.delenv(name, raising=False)
+    if request.node.get_closest_marker("ck") and (cache := cache_of_tests()):
+        monkeypatch.setenv("FLASH_ROCM_CACHE_DIR", str(cache))
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

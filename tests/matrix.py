@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from ck_library import library_of_tests
 
 import flash_rocm
-from flash_rocm import ops
+from flash_rocm import ck_instances, ops
 from flash_rocm.backends import CAPABILITIES
 from flash_rocm.problem import CACHE_FEATURES, FEATURES, AttentionInputs, AttentionProblem, layout_of
 from flash_rocm.testing import assert_attention_close, make_inputs, make_problem
@@ -105,6 +106,8 @@ class Scope:
 #: Archs whose machine code the matrix executes on the virtual GPU.
 VIRTUAL_ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
 _SMALL = (SMALL_LENGTHS, (16, 40, 59, 64, 8, 100), ((24, 40), (64, 17)))
+CK_ARCHS = ("gfx90a", "gfx942")
+_VIRTUAL_CK = ((*SMALL_LENGTHS, (150, 190)), (64, 128, 40, 96, 8), ((64, 128), (128, 40), (192, 128)))
 _VIRTUAL = ((*SMALL_LENGTHS, (150, 190)), (64, 128, 40, 256, 59, 96), ((64, 128), (59, 17)))
 SCOPES = (
     Scope("cpu", "reference", *_SMALL, combinations=10, members=2, max_nheads_k=2),
@@ -116,6 +119,7 @@ SCOPES = (
         for sparse in (True, False)
         for arch in VIRTUAL_ARCHS
     ),
+    *(Scope(f"virtual:{arch}", "ck", *_VIRTUAL_CK, combinations=6, members=2, max_nheads_k=2) for arch in CK_ARCHS),
 )
 
 
@@ -183,19 +187,19 @@ def _sparse(groups: list[_Group], first: int) -> Iterator[_Group]:
 def _groups(scope: Scope) -> Iterator[_Group]:
     """Every group of a target."""
     capability = CAPABILITIES[scope.backend]
-    supported = tuple(f for f in COMBINED if f == "dlse" or f in capability.features)
     headdims = itertools.cycle(scope.headdims)
     pairs = itertools.cycle(scope.headdim_pairs)
     seed = 0
     kinds = itertools.product(sorted(capability.dtypes, key=str), (False, True))
     for kind, (dtype, varlen) in enumerate(kinds):
         rng = random.Random(f"{dtype}{varlen}")
-        for number, features in enumerate(_feature_sets(rng, scope, supported)):
+        for number, features in enumerate(_feature_sets(rng, scope, supported(scope))):
             headdim = next(headdims)
             headdim, headdim_v = next(pairs) if "headdim_v" in features else (headdim, headdim)
             window_kind = rng.choice(("both", "left", "right"))
             # Kernels treat the sign of the scale as a constant, its size not.
             sign = rng.choice((1.0, 1.0, 1.0, 1.0, 1.0, 1.0, -1.0, 0.0))
+            sign = 1.0 if scope.backend == "ck" else sign  # which refuses others
             layouts = rng.sample(LAYOUTS, 2)
             group_name = f"{scope.target}-{dtype}-{varlen}-{features}"
             found: list[Case] = []
@@ -230,7 +234,20 @@ def _groups(scope: Scope) -> Iterator[_Group]:
                 found.append(
                     Case(scope.backend, scope.target, problem, layout, seed, features, alibi_per_batch, group_name)
                 )
-            yield number, kind, found
+            if scope.backend == "ck":
+                found = [case for case in found if _has_instance(case)]
+            if found:
+                yield number, kind, found
+
+
+def supported(scope: Scope) -> tuple[str, ...]:
+    """Names that a target combines."""
+    return tuple(f for f in COMBINED if f == "dlse" or f in CAPABILITIES[scope.backend].features)
+
+
+def _has_instance(case: Case) -> bool:
+    """Whether the few instances that the tests build of Composable Kernel run a case."""
+    return not ck_instances.refusals(case.problem, case.target.partition(":")[2], library_of_tests())
 
 
 def scalars_of(problem: AttentionProblem, backend: str) -> tuple[Any, ...]:

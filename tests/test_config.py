@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import pathlib
@@ -25,11 +26,22 @@ SCHEMA = json.loads((CONFIGS / "schema.json").read_text())
 ARCHS = sorted(path.stem for path in CONFIGS.glob("*.json") if path.stem != "schema")
 CK_ENTRY = {
     "kernel": "forward",
+    "dtype": ["bfloat16"],
     "tile": [128, 128, 32, 128, 32, 128],
     "warps": [4, 1, 1],
+    "warp_tile": [32, 32, 16],
     "pipeline": "qr_async",
     "occupancy": 2,
+    "variants": [[], ["masked", "varlen"]],
     "provenance": {"how": "first choice"},
+}
+CK_BACKWARD = CK_ENTRY | {
+    "kernel": "backward",
+    "tile": [16, 128, 64, 16, 32, 16, 32, 64, 32],
+    "warps": [1, 4, 1, 4, 1, 1, 1, 4, 1],
+    "warp_tile": [16, 16, 32, 16, 16, 16],
+    "pipeline": "kr_ktr_vr",
+    "variants": [["deterministic"]],
 }
 
 
@@ -94,7 +106,7 @@ def test_schema_json_documents_what_is_checked() -> None:
         "match": (match, config_schema.MATCH_KEYS, set()),
         "limits": (limits, config_schema.LIMITS, set()),
         "provenance": (provenance, config_schema.PROVENANCE_KEYS, {"how"}),
-        "ck": (ck, config_schema.CK_KEYS, set(config_schema.CK_KEYS) - {"match"}),
+        "ck": (ck, config_schema.CK_KEYS, set(config_schema.CK_KEYS)),
     }
     for name, (documented, keys, required) in objects.items():
         assert set(documented["properties"]) == set(keys), name
@@ -123,8 +135,14 @@ def test_schema_json_documents_what_is_checked() -> None:
         config_schema.DTYPES: match["properties"]["dtype"]["items"],
         config_schema.HOW: provenance["properties"]["how"],
         config_schema.CK_KERNELS: ck["properties"]["kernel"],
-        config_schema.CK_PIPELINES: ck["properties"]["pipeline"],
+        config_schema.CK_DTYPES: ck["properties"]["dtype"]["items"],
+        config_schema.CK_VARIANTS: ck["properties"]["variants"]["items"]["items"],
+        tuple(itertools.chain(*config_schema.CK_PIPELINES.values())): ck["properties"]["pipeline"],
     }
+    for kernel, rule in (("forward", ck["then"]), ("backward", ck["else"])):
+        pipelines = {"pipeline": {"enum": list(config_schema.CK_PIPELINES[kernel])}}
+        lengths = {key: {"minItems": n, "maxItems": n} for key, n in config_schema.CK_LENGTHS[kernel].items()}
+        assert rule["properties"] == lengths | pipelines
     for allowed, documented in choices.items():
         assert tuple(documented["enum"]) == allowed
     minima = {name: rule.get("minimum", rule.get("exclusiveMinimum")) for name, rule in limits["properties"].items()}
@@ -186,9 +204,11 @@ def test_a_folder_replaces_files_one_by_one(tmp_path: pathlib.Path) -> None:
 
 
 def test_ck_section(tmp_path: pathlib.Path) -> None:
-    source = write(tmp_path, ck=[CK_ENTRY, CK_ENTRY | {"kernel": "backward", "tile": [1] * 9}])
+    source = write(tmp_path, ck=[CK_ENTRY, CK_BACKWARD])
     forward, backward = config.arch_configs("gfx942", source.folder).ck
     assert (forward.tile, forward.pipeline, forward.occupancy) == ((128, 128, 32, 128, 32, 128), "qr_async", 2)
+    assert (forward.dtypes, forward.variants) == (("bfloat16",), ((), ("varlen", "masked")))
+    assert (forward.headdims, backward.headdims) == ((128, 128), (64, 32))
     assert backward.source == f"{tmp_path}/gfx942.json ck[1]"
 
 
@@ -265,6 +285,28 @@ WRONG = {
     "ck pipeline": (
         {"ck": [CK_ENTRY | {"pipeline": "fast"}]},
         "ck[0].pipeline: expected one of qr, qr_async, got 'fast'",
+    ),
+    "ck pipeline of the other kernel": (
+        {"ck": [CK_BACKWARD | {"pipeline": "qr"}]},
+        "ck[0].pipeline: expected one of kr_ktr_vr, got 'qr'",
+    ),
+    "ck dtype": ({"ck": [CK_ENTRY | {"dtype": ["float32"]}]}, "ck[0].dtype[0]: expected one of float16, bfloat16"),
+    "ck no variant": ({"ck": [CK_ENTRY | {"variants": []}]}, "ck[0]: expected at least one dtype and one variant"),
+    "ck variant twice": (
+        {"ck": [CK_ENTRY | {"variants": [["varlen", "varlen"]]}]},
+        "ck[0].variants[0]: expected a list of varlen, masked, alibi, softcap, deterministic, each once",
+    ),
+    "ck variant of the other kernel": (
+        {"ck": [CK_BACKWARD | {"variants": [["softcap"]]}]},
+        "ck[0].variants[0]: expected another set, got softcap, which is not for backward",
+    ),
+    "ck alibi alone": (
+        {"ck": [CK_ENTRY | {"variants": [["alibi"]]}]},
+        "ck[0].variants[0]: expected another set, got alibi without masked",
+    ),
+    "ck alibi and softcap": (
+        {"ck": [CK_ENTRY | {"variants": [["masked", "alibi", "softcap"]]}]},
+        "ck[0].variants[0]: expected another set, got alibi with softcap",
     ),
 }
 

@@ -10,14 +10,19 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 #: Folder of the tree -> name of the package.
-PACKAGES = {"flash_rocm": "flash_rocm", "triton_backend": "flash_rocm._triton", "ck_backend": "flash_rocm._ck"}
+PACKAGES = {
+    "flash_rocm": "flash_rocm",
+    "triton_backend": "flash_rocm._triton",
+    "ck_backend": "flash_rocm._ck",
+    "third_party": "flash_rocm._third_party",
+}
 BACKENDS = ("flash_rocm._triton", "flash_rocm._ck", "flash_rocm.reference")
 
 LEAVES = frozenset(
     f"flash_rocm.{name}"
     for name in (
         *("problem", "runtime", "virtual_device", "config", "config_schema", "validation", "files", "timing", "tuned"),
-        *("sinks", "splits", "cache_validation", "layer_calls"),
+        *("sinks", "splits", "cache_validation", "ck_instances", "layer_calls"),
         *("amdgpu.assembly", "amdgpu.chips"),
     )
 )
@@ -25,6 +30,7 @@ LEAVES = frozenset(
 LEAF_PACKAGES = {
     "flash_rocm.amdgpu": ("flash_rocm.amdgpu",),
     "flash_rocm.virtual": ("flash_rocm.amdgpu", "flash_rocm.virtual"),
+    "flash_rocm._third_party": (),
 }
 #: What a module may import of flash_rocm; a module that is not named here is outside (cli, demo, ...).
 ALLOWED = {

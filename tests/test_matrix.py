@@ -8,6 +8,7 @@ from typing import Any
 
 import matrix
 import pytest
+from ck_library import library_of_tests
 
 _MARKS: dict[str, list[pytest.MarkDecorator]] = {
     "cuda": [pytest.mark.gpu],
@@ -18,6 +19,8 @@ _MARKS: dict[str, list[pytest.MarkDecorator]] = {
 
 
 def _marks(scope: matrix.Scope) -> list[pytest.MarkDecorator]:
+    if scope.backend == "ck":
+        return [pytest.mark.ck]
     marks = _MARKS[scope.target.partition(":")[0]]
     return marks if scope.sparse or not scope.orders else [*marks, pytest.mark.exhaustive]
 
@@ -40,6 +43,22 @@ def test_matrix(case: matrix.Case, orders: tuple[str, ...], count_case: Callable
     count_case(case.backend, case.target, features, ["forward", "backward"] if case.backward else ["forward"])
 
 
+@pytest.mark.parametrize("scope", [s for s in matrix.SCOPES if s.backend == "ck"], ids=lambda scope: scope.target)
+def test_ck_matrix_covers_every_feature(scope: matrix.Scope) -> None:
+    """Each feature runs in each direction that it has, dense and varlen, for all that the library of the tests has."""
+    cases = list(matrix.cases(scope))
+    for backward in (False, True):
+        some = [case for case in cases if case.backward or not backward]
+        wanted = set(matrix.supported(scope)) - ({"softcap"} if backward else set())
+        assert {feature for case in some for feature in case.features} == wanted
+        assert {case.problem.varlen for case in some} == {False, True}
+        assert {case.problem.dtype for case in some} == matrix.CAPABILITIES["ck"].dtypes
+    library, arch = library_of_tests(), scope.target.partition(":")[2]
+    directions = [(kernel, c) for c in cases for kernel in ("forward", "backward")[: 1 + c.backward]]
+    numbers = {library.find(kernel, c.problem, arch) for kernel, c in directions}
+    assert numbers >= set(range(len(library.instances)))
+
+
 @pytest.mark.parametrize("scope", [s for s in matrix.SCOPES if s.sparse], ids=lambda scope: scope.target)
 def test_sparse_matrix_covers_every_feature(scope: matrix.Scope) -> None:
     """Each feature runs forward and backward; dense, varlen and each dtype with some feature or other."""
@@ -51,7 +70,7 @@ def test_sparse_matrix_covers_every_feature(scope: matrix.Scope) -> None:
         assert {case.problem.dtype for case in some} == matrix.CAPABILITIES[scope.backend].dtypes
 
 
-_DENSE_SCOPES = [scope for scope in matrix.SCOPES if not scope.sparse]
+_DENSE_SCOPES = [scope for scope in matrix.SCOPES if not scope.sparse and scope.backend != "ck"]
 
 
 @pytest.mark.parametrize("scope", _DENSE_SCOPES, ids=lambda scope: f"{scope.backend}-{scope.target}")

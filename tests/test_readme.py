@@ -40,8 +40,6 @@ NAMES = {
     "attention_chunk": "attention_chunk",
 }
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-#: Back ends whose compiled part this version cannot build: nothing of theirs is supported.
-NOT_BUILT = {"ck"}
 
 
 def devices(capability: backends.Capability) -> str:
@@ -53,14 +51,25 @@ def devices(capability: backends.Capability) -> str:
     return "; ".join(parts)
 
 
+#: What a back end has no backward of.
+FORWARD_ONLY = {("ck", "softcap")}
+
+
+def has(capability: backends.Capability, feature: str) -> str:
+    if feature not in capability.features:
+        return "no"
+    return "forward" if (capability.name, feature) in FORWARD_ONLY else "yes"
+
+
 def cells(capability: backends.Capability) -> list[str]:
     """Column of one back end."""
-    if capability.name in NOT_BUILT:
-        return ["not built"] * (3 + len(NAMES))
     largest = f"1 to {capability.max_headdim}, {capability.max_headdim_cached} over a K/V cache"
-    largest = largest if capability.max_headdim < 1 << 20 else "any"
+    if capability.max_headdim >= 1 << 20:
+        largest = "any"
+    elif not capability.max_headdim_cached:
+        largest = f"multiples of 8 up to {capability.max_headdim}"
     dtypes = ", ".join(name for dtype, name in DTYPES.items() if dtype in capability.dtypes)
-    return [devices(capability), dtypes, largest, *("yes" if name in capability.features else "no" for name in NAMES)]
+    return [devices(capability), dtypes, largest, *(has(capability, name) for name in NAMES)]
 
 
 def support_table() -> str:
@@ -86,11 +95,6 @@ def test_support_table() -> None:
     text = README.read_text()
     assert len(TABLE.findall(text)) == 1
     assert text == written(text), "run: python tests/test_readme.py"
-
-
-def test_what_is_called_not_built_is_not_built() -> None:
-    for name in NOT_BUILT:
-        assert "not built" in " ".join(backends.availability_reasons(name, runtime.amd_arch("gfx942", 304)))
 
 
 def test_order_of_auto() -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("elftools", reason="needs flash_rocm[virtual]")
 
 from virtual_asm import hand_written, lanes_of
 
-from flash_rocm.virtual import Registers, VirtualGpu, known_instructions
+from flash_rocm.virtual import Registers, UnsupportedInstruction, VirtualGpu, known_instructions
 
 TABLE = pathlib.Path(__file__).with_name("virtual_instructions.txt")
 #: Instruction, registers before, registers after, source; a fifth part is the chip ("gfx1100 wave64").
@@ -244,6 +244,36 @@ def nearest_float32(exact: Any) -> float:
     return -value if exact < 0 else value
 
 
+def test_comparison_may_name_exec() -> None:
+    """Compiled code for gfx9 does, where it wants nothing but EXEC."""
+    found = execute("v_cmpx_le_u32_e64 exec, 1, v4", {"v4": 0})
+    assert not found.exec.any()
+    assert execute("v_cmpx_le_u32_e64 exec, 1, v4", {"v4": 1}).exec.all()
+
+
+SET_MODE = "s_setreg_imm32_b32 hwreg(HW_REG_MODE, 4, 2), 3"
+RESET_MODE = SET_MODE.removesuffix("3") + "0"
+
+
+def test_mode_keeps_denormals() -> None:
+    """Between the two, as compiled divisions have them, and not around."""
+    values = {"v4": 1, "v5": 0}
+    add = "v_add_f32_e32 v{}, v4, v5"
+    to_nearest = SET_MODE.replace("4, 2), 3", "2, 2), 0")  # which changes nothing
+    lines = [add.format(0), SET_MODE, to_nearest, add.format(1), RESET_MODE, add.format(2)]
+    found = execute("\n".join(lines), values, flush_f32=True)
+    assert [register(found, f"v{number}") for number in range(3)] == [{0}, {1}, {0}]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "words"),
+    [(SET_MODE, "ends in another mode"), (SET_MODE.replace("4, 2), 3", "2, 2), 3"), "only 0 and 3")],
+)
+def test_other_modes_are_not_supported(instruction: str, words: str) -> None:
+    with pytest.raises(UnsupportedInstruction, match=words):
+        execute(instruction, {}, flush_f32=True)
+
+
 #: (chip, instruction) of this file, see test_virtual_coverage.py.
 EXECUTED = [
     *((row[4].partition(" ")[0] if len(row) > 4 else "gfx942", row[0]) for row in ROWS),
@@ -255,4 +285,5 @@ EXECUTED = [
     ),
     *(scalar_comparison(name, 1) for name in SCALAR_COMPARISONS),
     ("gfx942", CLASS),
+    ("gfx942", SET_MODE),
 ]

@@ -11,7 +11,7 @@ pytest.importorskip("elftools", reason="needs flash_rocm[virtual]")
 
 from virtual_asm import hand_written
 
-from flash_rocm.virtual import Checks, VirtualGpu
+from flash_rocm.virtual import Checks, Memory, VirtualGpu
 
 LANES = np.arange(64)
 #: Bytes, sign, which half of the register.
@@ -393,3 +393,28 @@ def test_inactive_lanes_touch_nothing(data: np.ndarray) -> None:
     found = run(lines, data, checks=Checks())
     np.testing.assert_array_equal(found[0, :2], [data[0], data[0]])
     assert (found[1:] == 0x77777777).all()
+
+
+def test_memory_at_an_address() -> None:
+    """Of host code that knows it so; what else is added later stays out of its way."""
+    memory = Memory()
+    first = memory.add("first", np.zeros(64, np.uint8))
+    for address in (first + 4096, first + (1 << 40), 0x5555_0000_0040):
+        assert memory.add(f"at {address}", np.zeros(64, np.uint8), address=address) == address
+        found = memory.at(address + 63)
+        assert found is not None and found.name == f"at {address}"
+        assert memory.at(address + 64) is None
+    for taken in (first + 63, first - 63, 0x5555_0000_0000 + 1):
+        with pytest.raises(ValueError, match="address: expected free memory for 'x', got that of"):
+            memory.add("x", np.zeros(64, np.uint8), address=taken)
+    following = memory.add("following", np.zeros(64, np.uint8))
+    assert following > first + 4096 + 64
+    bases = [allocation.base for allocation in memory.allocations()]
+    assert bases == sorted(bases)
+
+
+def test_free_places_pass_over_fixed_ones() -> None:
+    memory = Memory()
+    first = memory.add("first", np.zeros(64, np.uint8))
+    memory.add("fixed", np.zeros(1 << 24, np.uint8), address=first + 4096)
+    assert memory.add("next", np.zeros(64, np.uint8)) >= first + 4096 + (1 << 24)

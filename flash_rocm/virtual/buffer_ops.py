@@ -231,6 +231,9 @@ def _buffer_store(shape: Shape) -> Callable[[Builder], Handler]:
         b.counter = "vm" if b.gfx9 else "vs"
         data = b.expect(0, "v", shape.registers)
         b.read_bits(data)
+        if b.descriptor.scratch_bytes and b.operands[1].kind == "off":
+            # One address for all lanes is what a spill has on chips whose scratch is a buffer; see _scratch_store.
+            b.unneeded = b.reads
         address = _buffer_address(b, 1)
 
         def run(g: Group) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,20 @@ import numpy as np
 
 from flash_rocm.amdgpu.assembly import Instruction
 
-from . import buffer_ops, float_ops, global_ops, lds_ops, matrix_ops, packed_ops, rdna_ops, scalar_ops, vector_ops
+from . import (
+    buffer_ops,
+    division_ops,
+    float_ops,
+    global_ops,
+    lds_ops,
+    matrix_ops,
+    packed_ops,
+    rdna_ops,
+    scalar_ops,
+    vector_ops,
+)
 from .builder import Builder, Handler
-from .code_object import CodeObject
+from .code_object import CodeObject, Descriptor
 from .errors import UnsupportedInstruction
 from .lane_data import smallest_store
 from .machine import EXEC, S_BIT, SCC, VCC, Group
@@ -23,6 +35,7 @@ from .scalar_ops import CACHE_CONTROL
 #: Modules that fill the table of instructions.
 TABLES = (
     buffer_ops,
+    division_ops,
     float_ops,
     global_ops,
     lds_ops,
@@ -36,6 +49,10 @@ TABLES = (
 Condition = Callable[[Group], np.ndarray]
 _BARRIERS = ("s_barrier", "s_barrier_wait")
 _ENDS = ("s_endpgm", "s_branch", *_BARRIERS)
+_SET_MODE = "s_setreg_imm32_b32"
+#: Bits 4 and 5 of MODE are about denormals of float32: 0 flushes, 3 keeps them.  LLVM turns them on for a division.
+#: Bits 2 and 3 are the rounding of float16: 0, to nearest even, is what a kernel starts with.
+_MODES = re.compile(r"hwreg\(HW_REG_MODE, (?:4, 2\), ([03])|2, 2\), 0)$")
 _CONDITIONAL = tuple(f"s_cbranch_{test}" for test in ("scc0", "scc1", "vccz", "vccnz", "execz", "execnz"))
 
 
@@ -95,18 +112,27 @@ class Executable:
 
     def _compile_block(self, start: int) -> Block:
         steps: list[tuple[Handler, int, Step]] = []
-        index = start
+        index, descriptor = start, self.descriptor
         while index < len(self.instructions):
             instruction = self.instructions[index]
             name = base_name(instruction.mnemonic)
             if name in _ENDS or name in _CONDITIONAL:
+                self._expect_mode(descriptor, instruction)
                 return self._end_block(Block(start, steps, "", index + 1, text=instruction.text), index, name)
-            step = self._compile_step(instruction, index)
+            if name == _SET_MODE:
+                descriptor = _in_mode(descriptor, instruction)
+            step = self._compile_step(instruction, index, descriptor)
             steps.append((step.run, step.reads | step.writes, step))
             index += 1
             if index in self.leaders:
+                self._expect_mode(descriptor, instruction)
                 return Block(start, steps, "fall", index)
         raise UnsupportedInstruction("the program runs past its end")
+
+    def _expect_mode(self, descriptor: Descriptor, instruction: Instruction) -> None:
+        """Steps are compiled for one mode: a block that leaves another one behind is not supported."""
+        if descriptor.flush_f32 != self.descriptor.flush_f32:
+            raise UnsupportedInstruction(f"{instruction.text!r}: a block that ends in another mode than it started in")
 
     def _end_block(self, block: Block, index: int, name: str) -> Block:
         if name == "s_endpgm":
@@ -122,9 +148,9 @@ class Executable:
                 block.condition, block.condition_reads = _condition(name, self.descriptor.wave_size)
         return block
 
-    def _compile_step(self, instruction: Instruction, index: int) -> Step:
-        arch, descriptor = self.arch, self.descriptor
-        if instruction.mnemonic in CACHE_CONTROL:
+    def _compile_step(self, instruction: Instruction, index: int, descriptor: Descriptor) -> Step:
+        arch = self.arch
+        if instruction.mnemonic in CACHE_CONTROL or instruction.mnemonic == _SET_MODE:
             return Step(lambda g: None, index, instruction.text, 0, 0, 0, None, False, ())
         halves = [instruction] if instruction.paired is None else [instruction, instruction.paired]
         builders, handlers = [], []
@@ -149,6 +175,16 @@ class Executable:
             rows += tuple(builder.float_rows)
         sink = first.counter is not None or name.startswith(("s_cmp", "s_bitcmp")) or bool(writes >> S_BIT + EXEC & 3)
         return Step(run, index, instruction.text, reads, needs, writes, first.counter, sink, rows, first.parts)
+
+
+def _in_mode(descriptor: Descriptor, instruction: Instruction) -> Descriptor:
+    """The descriptor with the mode that an instruction sets."""
+    found = _MODES.search(instruction.text)
+    if found is None:
+        raise UnsupportedInstruction(
+            f"{instruction.text!r}: only 0 and 3 for hwreg(HW_REG_MODE, 4, 2), and 0 for hwreg(HW_REG_MODE, 2, 2)"
+        )
+    return descriptor if found.group(1) is None else dataclasses.replace(descriptor, flush_f32=found.group(1) == "0")
 
 
 _EXECUTABLES: weakref.WeakKeyDictionary[CodeObject, Executable] = weakref.WeakKeyDictionary()
@@ -223,4 +259,4 @@ def _condition(name: str, wave_size: int) -> tuple[Condition, int]:
 
 def known_instructions() -> tuple[str, ...]:
     """Mnemonics that are implemented, without encoding suffixes such as _e64."""
-    return tuple(sorted({*FACTORIES, *ALIASES, *_ENDS, *_CONDITIONAL, *CACHE_CONTROL}))
+    return tuple(sorted({*FACTORIES, *ALIASES, *_ENDS, _SET_MODE, *_CONDITIONAL, *CACHE_CONTROL}))

@@ -15,17 +15,15 @@ import numpy as np
 from .builder import Builder, Getter, Handler, Writer
 from .floats import (
     bf16_to_f32,
-    exponent_of,
     f32_to_bf16_bits,
     f32_to_f16_bits,
     flush_f32,
     fma16_bits,
     fma32,
     fma64,
-    is_denormal,
     to_integer,
 )
-from .machine import VCC, Group
+from .machine import Group
 from .registry import FACTORIES, register
 from .vector_ops import elementwise, u
 
@@ -166,82 +164,6 @@ def _fma_literal(b: Builder) -> Handler:
     return elementwise(b, "fff", fma32, "f")
 
 
-# Division
-
-
-def div_scale(value: Any, denominator: Any, numerator: Any) -> tuple[Any, Any]:
-    """v_div_scale_f32: the scaled operand, and whether the quotient has to be scaled back."""
-    value, denominator, numerator = np.broadcast_arrays(value, denominator, numerator)
-    with_den = value == denominator
-    with_num = value == numerator
-    up = np.ldexp(value.astype(np.float64), 64).astype(_F32)
-    down = np.ldexp(value.astype(np.float64), -64).astype(_F32)
-    inverse_small = is_denormal((1 / denominator.astype(np.float64)).astype(_F32))
-    quotient_small = is_denormal((numerator.astype(np.float64) / denominator.astype(np.float64)).astype(_F32))
-    far = exponent_of(numerator) - exponent_of(denominator) >= 96
-    cases = [
-        ((numerator == 0) | (denominator == 0), np.full_like(value, np.nan), False),
-        (far, np.where(with_den, up, value), True),
-        (is_denormal(denominator), up, False),
-        (inverse_small & quotient_small, np.where(with_den, up, value), True),
-        (inverse_small, down, False),
-        (quotient_small, np.where(with_num, up, value), True),
-        (exponent_of(numerator) <= 23, up, False),
-    ]
-    conditions = [condition for condition, _, _ in cases]
-    result = np.select(conditions, [scaled for _, scaled, _ in cases], value).astype(_F32)
-    flags = np.select(conditions, [np.full(value.shape, flag) for _, _, flag in cases], False)
-    return result, flags
-
-
-@register("v_div_scale_f32")
-def _div_scale(b: Builder) -> Handler:
-    b.first_source = 2
-    value, denominator, numerator = b.f(0), b.f(1), b.f(2)
-    put, put_flag = b.put_f(0), b.put_mask(1)
-
-    def run(g: Group) -> None:
-        result, flags = div_scale(value(g), denominator(g), numerator(g))
-        put(g, result)
-        put_flag(g, flags)
-
-    return run
-
-
-@register("v_div_fmas_f32")
-def _div_fmas(b: Builder) -> Handler:
-    first, second, third, flags, put = b.f(0), b.f(1), b.f(2), b.mask_of(VCC), b.put_f()
-
-    def run(g: Group) -> None:
-        addend = third(g)
-        result = fma32(first(g), second(g), addend)
-        where = flags(g)
-        if where.any():
-            power = np.where(exponent_of(addend) > 127, 64, -64)
-            result = np.where(where, np.ldexp(result.astype(np.float64), power).astype(_F32), result)
-        put(g, result)
-
-    return run
-
-
-def div_fixup(quotient: Any, denominator: Any, numerator: Any) -> Any:
-    """v_div_fixup_f32: the special cases of a division."""
-    quotient, denominator, numerator = np.broadcast_arrays(quotient, denominator, numerator)
-    negative = np.signbit(denominator) ^ np.signbit(numerator)
-    sign = np.where(negative, _F32(-1), _F32(1))
-    infinite, nothing = np.isinf(numerator) | (denominator == 0), np.isinf(denominator) | (numerator == 0)
-    nan = np.isnan(numerator) | np.isnan(denominator) | (infinite & nothing & ~((denominator == 0) ^ (numerator == 0)))
-    both_zero = (numerator == 0) & (denominator == 0)
-    both_infinite = np.isinf(numerator) & np.isinf(denominator)
-    tiny = exponent_of(numerator) - exponent_of(denominator) < -150
-    conditions = [nan | both_zero | both_infinite, infinite, nothing, tiny]
-    choices = [np.full_like(quotient, np.nan), sign * np.inf, sign * _F32(0), sign * _F32(0)]
-    return np.select(conditions, choices, np.abs(quotient) * sign).astype(_F32)
-
-
-FACTORIES["v_div_fixup_f32"] = _float("fff", div_fixup)
-
-
 # float16
 
 
@@ -371,6 +293,19 @@ for _name, _count, _function in (
     ("v_rndne_f64", 1, np.rint),
 ):
     FACTORIES[_name] = _double(_count, _function)
+
+
+@register("v_fmac_f64")
+def _fmac_f64(b: Builder) -> Handler:
+    operand = b.expect(0, "v", 2)
+    b.read_bits(operand)
+    row, first, second, put = operand.row, b.f64(0), b.f64(1), b.put_u64()
+
+    def run(g: Group) -> None:
+        addend = g.V[row].astype(np.uint64) | g.V[row + 1].astype(np.uint64) << np.uint64(32)
+        put(g, np.asarray(fma64(first(g), second(g), addend.view(np.float64))))
+
+    return run
 
 
 @register("v_cvt_f64_f32", "v_cvt_f64_i32", "v_cvt_f64_u32")

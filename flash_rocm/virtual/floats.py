@@ -102,12 +102,15 @@ def fma64(a: Any, b: Any, c: Any) -> Any:
 
 
 def exponent_of(value: Any) -> Any:
-    """Biased exponent field of float32."""
-    return (np.asarray(value).view(np.uint32) >> np.uint32(23) & np.uint32(0xFF)).astype(np.int32)
+    """Biased exponent field of float32 or float64."""
+    value = np.asarray(value)
+    if value.dtype == np.float64:
+        return (value.view(np.uint64) >> np.uint64(52) & np.uint64(0x7FF)).astype(np.int32)
+    return (value.view(np.uint32) >> np.uint32(23) & np.uint32(0xFF)).astype(np.int32)
 
 
 def is_denormal(value: Any) -> Any:
-    """Whether float32 values are denormal and not zero."""
+    """Whether float32 or float64 values are denormal and not zero."""
     return (exponent_of(value) == 0) & (value != 0)
 
 

@@ -48,26 +48,52 @@ class Memory:
         self._bases: list[int] = []
         self._next = _FIRST
 
-    def add(self, name: str, array: np.ndarray, writable: bool = True, initialised: bool = True) -> int:
-        """Make a C-contiguous array visible to kernels and return its address (64 KiB aligned).
+    def add(
+        self,
+        name: str,
+        array: np.ndarray,
+        writable: bool = True,
+        initialised: bool = True,
+        address: int | None = None,
+    ) -> int:
+        """Make a C-contiguous array visible to kernels and return its address.
 
         The memory is shared: stores of a kernel show in ``array``.  With ``initialised=False`` its
         content counts as undefined, and a kernel that reads it before writing it is reported.
 
+        Args:
+            address: where kernels see it, for compiled host code that knows it by its address on the host; by
+                default a free place, 64 KiB aligned, with a gap on both sides.
+
         Raises:
-            ValueError: not C-contiguous, or the name is taken.
+            ValueError: not C-contiguous, or the name or a byte at the address is taken.
         """
         if not array.flags.c_contiguous:
             raise ValueError(f"array: expected a C-contiguous array for {name!r}, got strides {array.strides}")
         if any(a.name == name for a in self._allocations):
             raise ValueError(f"name: expected a new name, got {name!r}. Hint: remove() the old allocation first.")
         data = array.reshape(-1).view(np.uint8) if array.size else np.zeros(0, np.uint8)
-        base = self._next
-        self._next = (base + data.size + _GAP + _ALIGN - 1) // _ALIGN * _ALIGN
+        if address is None:
+            while (taken := self._overlapped(self._next - _GAP, data.size + 2 * _GAP)) is not None:
+                self._next = (taken.end + _GAP + _ALIGN - 1) // _ALIGN * _ALIGN
+            base = self._next
+            self._next = (base + data.size + _GAP + _ALIGN - 1) // _ALIGN * _ALIGN
+        else:
+            base = address
+            if (taken := self._overlapped(base, data.size)) is not None:
+                raise ValueError(f"address: expected free memory for {name!r}, got that of {taken.name!r}")
         written = None if initialised else np.zeros(data.size, bool)
-        self._allocations.append(Allocation(name, base, data, writable and array.flags.writeable, written))
-        self._bases.append(base)
+        index = bisect.bisect_right(self._bases, base)
+        self._allocations.insert(index, Allocation(name, base, data, writable and array.flags.writeable, written))
+        self._bases.insert(index, base)
         return base
+
+    def _overlapped(self, base: int, size: int) -> Allocation | None:
+        """The last allocation that has a byte in a range, or None."""
+        index = bisect.bisect_left(self._bases, base + size) - 1
+        if index >= 0 and self._allocations[index].end > base:
+            return self._allocations[index]
+        return None
 
     def remove(self, name: str) -> None:
         """Forget an allocation; its addresses are not used again.

@@ -77,6 +77,14 @@ def _u24(x: Any) -> Any:
     return x & u(0xFFFFFF)
 
 
+def sad_u16(a: Any, b: Any, total: Any) -> Any:
+    """The distances of the two halves of a and b, added to a total of 32 bits."""
+    for shift in (0, 16):
+        x, y = a >> u(shift) & u(0xFFFF), b >> u(shift) & u(0xFFFF)
+        total = total + (np.maximum(x, y) - np.minimum(x, y))
+    return total
+
+
 def bfe_u32(value: Any, offset: Any, width: Any) -> Any:
     """Bits [offset, offset + width)."""
     width = width & u(31)
@@ -185,6 +193,7 @@ _SIMPLE: dict[str, tuple[str, Callable[..., Any]]] = {
     "v_perm_b32": ("uuu", perm),
     "v_alignbit_b32": ("uuu", alignbit),
     "v_alignbyte_b32": ("uuu", lambda a, b, c: alignbit(a, b, (c & u(3)) * u(8))),
+    "v_sad_u16": ("uuu", sad_u16),
     "v_add3_u32": ("uuu", lambda a, b, c: a + b + c),
     "v_add_lshl_u32": ("uuu", lambda a, b, c: (a + b) << (c & u(31))),
     "v_lshl_add_u32": ("uuu", lambda a, b, c: (a << (b & u(31))) + c),
@@ -578,7 +587,9 @@ def _compare(test: Callable[[Any, Any], Any], kind: str, writes_exec: bool) -> C
         implicit = writes_exec and not b.gfx9
         b.first_source = 0 if implicit else 1
         first, second = compare_source(b, 0, kind), compare_source(b, 1, kind)
-        put = None if implicit else b.put_mask(0)
+        # gfx9 may name EXEC, which is written anyhow, as the result.
+        only_exec = implicit or (writes_exec and b.expect(0, "s").row == EXEC)
+        put = None if only_exec else b.put_mask(0)
         if writes_exec:
             b.writes |= ((1 << b.mask_words) - 1) << (S_BIT + EXEC)
 

@@ -1,0 +1,250 @@
+"""Builds the library of the ``ck`` back end, on machines with ROCm or without, with or without a GPU.
+
+What can be missing is looked for before anything is compiled, and each error says what to install.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+from flash_rocm._third_party import composable_kernel, rocm_root
+
+from flash_rocm import ck_instances
+from flash_rocm.runtime import BuildRequest
+
+from .generate import NothingToBuild, Unit, units_of, write
+
+CSRC = pathlib.Path(__file__).with_name("csrc")
+STAND_IN = "_hip_stand_in.so"
+#: Of LLVM's own clang; 19 does not compile the asynchronous forward.  AMD's, which comes with ROCm, counts otherwise.
+OLDEST_CLANG = 20
+#: A job of the compiler at its largest.
+BYTES_PER_JOB = 1_200_000_000
+#: The stable ABI of torch that the binding is compiled for.
+TORCH_TARGET = "0x020a000000000000"
+#: Composable Kernel's own, with bf16 rounded to nearest: exp2 without a base change, and two passes of LLVM told not
+#: to undo the order of instructions that the pipelines ask for.  The linker would warn of each bitcode module of the
+#: stand-in root, which holds one constant and no data layout.
+_HIP_FLAGS = (
+    *("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-D__HIP_PLATFORM_AMD__=1", "-DCK_TILE_FMHA_FWD_FAST_EXP2=1"),
+    *("-DCK_TILE_FLOAT_TO_BFLOAT16_DEFAULT=3", "-fgpu-flush-denormals-to-zero", "-fvisibility=hidden"),
+    *("-mllvm", "--lsr-drop-solution=1", "-mllvm", "-enable-post-misched=0", "-Wno-linker-warnings"),
+)
+_CXX_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}")
+
+
+class BuildError(RuntimeError):
+    """The library cannot be built here, or a compiler failed; the text says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Toolchain:
+    """What a build uses."""
+
+    rocm: pathlib.Path
+    hip_compiler: str
+    cxx: str
+    cc: str
+    ninja: str
+    source: composable_kernel.Source
+    jobs: int
+
+    def describe(self) -> str:
+        """One line for the record of a build."""
+        where = f"Composable Kernel of {self.source.where}"
+        return f"{self.hip_compiler}, ROCm {self.rocm}, {where}, torch {torch.__version__}"
+
+
+def find_toolchain(request: BuildRequest, cache: pathlib.Path) -> Toolchain:
+    """Look for all that a build needs.
+
+    Args:
+        cache: folder for the stand-in of ROCm and for Composable Kernel, where they have to be fetched.
+
+    Raises:
+        BuildError: something is missing, or not what is expected.
+    """
+    try:
+        source = composable_kernel.find(request.ck_home, cache / "composable_kernel")
+        rocm, compiler = _find_rocm(request.rocm_home, cache / "rocm")
+    except (composable_kernel.SourceError, rocm_root.RocmRootError) as error:
+        raise BuildError(str(error)) from error
+    toolchain = Toolchain(
+        rocm=rocm,
+        hip_compiler=compiler,
+        cxx=_find("g++", "c++", hint="apt-get install g++"),
+        cc=_find("gcc", "cc", hint="apt-get install gcc"),
+        ninja=find_ninja(),
+        source=source,
+        jobs=jobs_of(request.max_jobs),
+    )
+    if not source.pinned:
+        _probe(toolchain, cache)
+    return toolchain
+
+
+def find_ninja() -> str:
+    """The program, on the path or beside Python, where pip puts it; another one than last time compiles all again."""
+    return _find("ninja", str(pathlib.Path(sys.executable).with_name("ninja")), hint="pip install ninja")
+
+
+def _find(*names: str, hint: str) -> str:
+    for name in names:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise BuildError(f"expected {names[0]}, found none. Hint: {hint}")
+
+
+def _find_rocm(home: str, stand_in: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """A ROCm and its compiler: that of ``ROCM_HOME``, that of /opt/rocm, or the stand-in with LLVM's clang."""
+    root = pathlib.Path(home or "/opt/rocm")
+    for inside in ("lib/llvm/bin/clang++", "llvm/bin/clang++", "bin/amdclang++"):
+        if (root / inside).is_file() and (root / "include/hip/hip_runtime.h").is_file():
+            return root, str(root / inside)
+    if home:
+        raise BuildError(
+            f"ROCM_HOME: expected a ROCm with include/hip/hip_runtime.h and lib/llvm/bin/clang++, got {home!r}. "
+            "Hint: unset it to compile without ROCm"
+        )
+    compiler = _find("clang++-22", "clang++", hint="apt-get install clang-22 lld-22 llvm-22 clang-tools-22")
+    check_clang(compiler)
+    for tool in ("clang-offload-bundler", "ld.lld"):
+        beside = pathlib.Path(compiler).resolve().with_name(tool)
+        _find(str(beside), f"{tool}-22", tool, hint="apt-get install lld-22 clang-tools-22")
+    return rocm_root.make(stand_in), compiler
+
+
+def check_clang(compiler: str) -> None:
+    """Raise BuildError for a clang that is too old."""
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+    found = re.search(r"clang version (\d+)", done.stdout)
+    if found is None or int(found.group(1)) < OLDEST_CLANG:
+        version = done.stdout.splitlines()[0] if done.stdout else "no answer"
+        raise BuildError(
+            f"{compiler}: expected clang {OLDEST_CLANG} or newer, got {version}. Hint: apt-get install clang-22 lld-22"
+        )
+
+
+def jobs_of(max_jobs: str) -> int:
+    """``MAX_JOBS``, or as many as there are processors and memory for.
+
+    Raises:
+        BuildError: it is no number >= 1.
+    """
+    if max_jobs:
+        if not max_jobs.isdecimal() or int(max_jobs) < 1:
+            raise BuildError(f"MAX_JOBS: expected a number >= 1, got {max_jobs!r}. Hint: unset it to go by memory")
+        return int(max_jobs)
+    available = re.search(r"MemAvailable:\s+(\d+) kB", pathlib.Path("/proc/meminfo").read_text())
+    by_memory = int(available.group(1)) * 1024 // BYTES_PER_JOB if available else 1
+    return max(1, min(os.cpu_count() or 1, by_memory))
+
+
+def _probe(toolchain: Toolchain, cache: pathlib.Path) -> None:
+    """Whether another Composable Kernel than the pinned one has what the instances use."""
+    cache.mkdir(parents=True, exist_ok=True)
+    probe = cache / "probe.cpp"
+    probe.write_text('#include "forward.hpp"\n')
+    flags = hip_flags(toolchain, ("gfx942",))
+    command = [toolchain.hip_compiler, *flags, "-fsyntax-only", "--cuda-host-only", str(probe)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error:" in line]
+        raise BuildError(
+            f"{toolchain.source.root}: expected a Composable Kernel like that of {composable_kernel.WHEEL}, got one "
+            f"that does not compile: {(errors or ['no error text'])[0]}. Hint: unset CK_HOME"
+        )
+
+
+def hip_flags(toolchain: Toolchain, archs: Sequence[str]) -> list[str]:
+    """Flags that compile an instance."""
+    includes = [flag for folder in toolchain.source.include_dirs for flag in ("-isystem", str(folder))]
+    targets = [f"--offload-arch={arch}" for arch in archs]
+    return ["-x", "hip", *targets, f"--rocm-path={toolchain.rocm}", *_HIP_FLAGS, *includes, "-I", str(CSRC)]
+
+
+def ninja_text(toolchain: Toolchain, sources: dict[Unit, pathlib.Path], work: pathlib.Path, out: pathlib.Path) -> str:
+    """The build file: one object for each unit, the core, the table, the binding; then the library and the stand-in."""
+    torch_root = pathlib.Path(torch.__file__).parent
+    cxx = " ".join([*_CXX_FLAGS, "-isystem", _quoted(torch_root / "include"), "-I", _quoted(CSRC)])
+    rules = {
+        "hip": (f"{toolchain.hip_compiler} -MD -MF $out.d $flags -c $in -o $out", "$name for $archs"),
+        "cxx": (f"{toolchain.cxx} -MD -MF $out.d {cxx} -c $in -o $out", "$name"),
+        "link": (f"{toolchain.cxx} -shared -o $out $in -L{_quoted(torch_root / 'lib')} -ltorch_cpu", "link $name"),
+        "stand_in": (f"{toolchain.cc} -O2 -fPIC -shared -o $out $in", "$name"),
+    }
+    lines = [f"builddir = {_escaped(work)}"]
+    for name, (command, description) in rules.items():
+        depfile = "  deps = gcc\n  depfile = $out.d\n" if name in ("hip", "cxx") else ""
+        lines.append(f"rule {name}\n  command = {command}\n  description = {description}\n{depfile}")
+    objects = []
+
+    def add(rule: str, source: pathlib.Path, **variables: str) -> None:
+        objects.append(_escaped(work / f"{source.stem}.o"))
+        lines.append(f"build {objects[-1]}: {rule} {_escaped(source)}\n  name = {source.stem}")
+        lines.extend(f"  {key} = {value}" for key, value in variables.items())
+
+    for unit, source in sources.items():
+        archs = unit.instance.archs
+        flags = " ".join(_quoted(flag) for flag in hip_flags(toolchain, archs))
+        add("hip", source, flags=flags, archs=", ".join(archs))
+    for source in (CSRC / "core.cpp", CSRC / "binding.cpp", work / "generated" / "table.cpp"):
+        add("cxx", source)
+    library, stand_in = out / ck_instances.LIBRARY, out / STAND_IN
+    lines.append(f"build {_escaped(library)}: link {' '.join(objects)}\n  name = {library.name}")
+    lines.append(f"build {_escaped(stand_in)}: stand_in {_escaped(CSRC / 'stand_in_hip.c')}\n  name = {stand_in.name}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(path: pathlib.Path) -> str:
+    """A path as ninja reads it."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def _quoted(argument: object) -> str:
+    """An argument as the shell reads it, in ninja's commands."""
+    text = str(argument).replace("$", "$$")
+    return f"'{text}'" if re.search(r"[^\w@%+=:,./$-]", text) else text
+
+
+def build(request: BuildRequest, work: pathlib.Path, out: pathlib.Path, folder: str | None = None) -> list[Unit]:
+    """Compile what is not compiled yet into ``out``: the library, the stand-in of HIP, and the list of instances.
+
+    Args:
+        work: generated files and objects, which the next build starts from.
+        folder: config files that replace the shipped ones.
+
+    Raises:
+        BuildError: something is missing, or a compiler failed; what it said has been printed.
+        ConfigError: a config file is wrong.
+    """
+    if not request.archs:
+        raise BuildError('FLASH_ROCM_ARCHS: expected archs, got none. Hint: FLASH_ROCM_ARCHS="gfx90a;gfx942"')
+    try:
+        patterns = [name.strip() for name in request.instances.split(",")]
+        units = units_of(request.archs, patterns, folder)
+    except NothingToBuild as error:
+        raise BuildError(str(error)) from error
+    work, out = work.resolve(), out.resolve()
+    toolchain = find_toolchain(request, work)
+    out.mkdir(parents=True, exist_ok=True)
+    sources = write(work / "generated", units)
+    (work / "build.ninja").write_text(ninja_text(toolchain, sources, work, out))
+    # A library without its list is no library, so that an interrupted build leaves none that is half.
+    (out / ck_instances.MANIFEST).unlink(missing_ok=True)
+    command = [toolchain.ninja, "-f", str(work / "build.ninja"), "-j", str(toolchain.jobs)]
+    if subprocess.run(command).returncode:
+        raise BuildError("a compiler failed: its text is above. Hint: MAX_JOBS=1 where memory is what ran out")
+    contents = ck_instances.manifest(request.archs, [unit.instance for unit in units], toolchain.describe())
+    (out / ck_instances.MANIFEST).write_text(json.dumps(contents, indent=1) + "\n")
+    return units

@@ -1,0 +1,180 @@
+// The operators of torch.ops.flash_rocm_ck, with PyTorch's stable ABI alone: one build serves several versions of torch,
+// and g++ compiles it without a HIP header.  The stream is a number, for the ABI of torch 2.10 has no call for it.
+#include "flash_ck.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+namespace {
+
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+// (batch, seqlen, nheads, headdim) or (total, nheads, headdim), whichever it is.
+flash_ck::Matrix matrix(const Tensor& x, bool varlen)
+{
+    return {x.data_ptr(), varlen ? 0 : x.stride(0), x.stride(x.dim() - 3), x.stride(x.dim() - 2)};
+}
+
+// (batch, nheads, seqlen_q) or (nheads, total_q).
+flash_ck::Rows rows(const Tensor& x)
+{
+    return {static_cast<float*>(x.data_ptr()), x.dim() == 3 ? x.stride(0) : 0, x.stride(x.dim() - 2)};
+}
+
+template <typename T>
+const T* pointer(const Optional& x)
+{
+    return x ? static_cast<const T*>(x->data_ptr()) : nullptr;
+}
+
+flash_ck::Shape shape_of(const Tensor& q,
+                         const Tensor& k,
+                         const Tensor& v,
+                         const Optional& cu_seqlens_q,
+                         const Optional& cu_seqlens_k,
+                         const Optional& alibi_slopes,
+                         int64_t seqlen_q,
+                         int64_t seqlen_k,
+                         double scale,
+                         double softcap,
+                         int64_t window_left,
+                         int64_t window_right,
+                         int64_t stream)
+{
+    flash_ck::Shape shape;
+    const int64_t last = q.dim() - 1;
+    shape.batch        = static_cast<int>(cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : q.size(0));
+    shape.seqlen_q     = static_cast<int>(seqlen_q);
+    shape.seqlen_k     = static_cast<int>(seqlen_k);
+    shape.nheads       = static_cast<int>(q.size(last - 1));
+    shape.nheads_k     = static_cast<int>(k.size(last - 1));
+    shape.headdim      = static_cast<int>(q.size(last));
+    shape.headdim_v    = static_cast<int>(v.size(last));
+    shape.window_left  = static_cast<int>(window_left);
+    shape.window_right = static_cast<int>(window_right);
+    shape.scale        = static_cast<float>(scale);
+    shape.softcap      = static_cast<float>(softcap);
+    shape.cu_seqlens_q = pointer<int32_t>(cu_seqlens_q);
+    shape.cu_seqlens_k = pointer<int32_t>(cu_seqlens_k);
+    shape.alibi_slopes = pointer<float>(alibi_slopes);
+    shape.alibi_batch  = alibi_slopes && alibi_slopes->dim() == 2 ? alibi_slopes->stride(0) : 0;
+    shape.stream       = reinterpret_cast<void*>(stream);
+    return shape;
+}
+
+void check(flash_ck::Status status, int64_t instance)
+{
+    if(status == flash_ck::Status::ok)
+        return;
+    const bool known = instance >= 0 && instance < flash_ck::instance_count;
+    STD_TORCH_CHECK(false,
+                    "Composable Kernel, instance ",
+                    known ? flash_ck::instances[instance].name : "?",
+                    ": ",
+                    flash_ck::status_text(status));
+}
+
+void forward(int64_t instance,
+             Tensor q,
+             Tensor k,
+             Tensor v,
+             Tensor out,
+             Tensor softmax_lse,
+             Optional cu_seqlens_q,
+             Optional cu_seqlens_k,
+             Optional alibi_slopes,
+             int64_t seqlen_q,
+             int64_t seqlen_k,
+             double scale,
+             double softcap,
+             int64_t window_left,
+             int64_t window_right,
+             int64_t stream)
+{
+    const bool varlen = cu_seqlens_q.has_value();
+    flash_ck::ForwardParams params;
+    params.shape = shape_of(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seqlen_q, seqlen_k, scale, softcap,
+                            window_left, window_right, stream);
+    params.q     = matrix(q, varlen);
+    params.k     = matrix(k, varlen);
+    params.v     = matrix(v, varlen);
+    params.out   = matrix(out, varlen);
+    params.lse   = rows(softmax_lse);
+    check(flash_ck::forward(static_cast<int>(instance), params), instance);
+}
+
+// dq_acc is (splits, batch, seqlen_q, nheads, headdim) or (splits, total_q, nheads, headdim), float32.
+void backward(int64_t instance,
+              int64_t step,
+              Tensor q,
+              Tensor k,
+              Tensor v,
+              Tensor out,
+              Tensor dout,
+              Tensor softmax_lse,
+              Tensor delta,
+              Tensor dq_acc,
+              Tensor dq,
+              Tensor dk,
+              Tensor dv,
+              Optional cu_seqlens_q,
+              Optional cu_seqlens_k,
+              Optional alibi_slopes,
+              int64_t seqlen_q,
+              int64_t seqlen_k,
+              double scale,
+              int64_t window_left,
+              int64_t window_right,
+              int64_t stream)
+{
+    const bool varlen = cu_seqlens_q.has_value();
+    flash_ck::BackwardParams params;
+    params.shape  = shape_of(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seqlen_q, seqlen_k, scale, 0.0,
+                             window_left, window_right, stream);
+    params.q      = matrix(q, varlen);
+    params.k      = matrix(k, varlen);
+    params.v      = matrix(v, varlen);
+    params.out    = matrix(out, varlen);
+    params.dout   = matrix(dout, varlen);
+    params.dq     = matrix(dq, varlen);
+    params.dk     = matrix(dk, varlen);
+    params.dv     = matrix(dv, varlen);
+    params.dq_acc = matrix(dq_acc, varlen);
+    if(!varlen)
+        params.dq_acc.batch = dq_acc.stride(1);
+    params.dq_acc_split = dq_acc.stride(0);
+    params.lse          = rows(softmax_lse);
+    params.delta        = rows(delta);
+    check(flash_ck::backward(static_cast<int>(instance), params, static_cast<flash_ck::Step>(step)), instance);
+}
+
+int64_t dq_splits(int64_t instance, int64_t seqlen_k)
+{
+    int splits = 0;
+    check(flash_ck::dq_splits(static_cast<int>(instance), static_cast<int>(seqlen_k), &splits), instance);
+    return splits;
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY(flash_rocm_ck, library)
+{
+    library.def("forward(int instance, Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) softmax_lse, "
+                "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, int seqlen_q, int seqlen_k, "
+                "float scale, float softcap, int window_left, int window_right, int stream) -> ()");
+    library.def("backward(int instance, int step, Tensor q, Tensor k, Tensor v, Tensor out, Tensor dout, "
+                "Tensor softmax_lse, Tensor(a!) delta, Tensor(b!) dq_acc, Tensor(c!) dq, Tensor(d!) dk, Tensor(e!) dv, "
+                "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, int seqlen_q, int seqlen_k, "
+                "float scale, int window_left, int window_right, int stream) -> ()");
+    library.def("dq_splits(int instance, int seqlen_k) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flash_rocm_ck, CompositeExplicitAutograd, library)
+{
+    library.impl("forward", TORCH_BOX(&forward));
+    library.impl("backward", TORCH_BOX(&backward));
+    library.impl("dq_splits", TORCH_BOX(&dq_splits));
+}

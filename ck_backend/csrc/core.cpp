@@ -1,0 +1,94 @@
+// Checks that stand between a caller and a launch, and the texts of what they find.
+#include "flash_ck.h"
+
+#include <initializer_list>
+
+namespace flash_ck {
+
+const char* status_text(Status status)
+{
+    switch(status)
+    {
+    case Status::ok: return "it ran";
+    case Status::no_instance: return "there is no instance of this number";
+    case Status::wrong_kernel: return "the instance is one of the other direction";
+    case Status::wrong_layout: return "the instance is for sequences with, the call without cu_seqlens, or the reverse";
+    case Status::wrong_headdim: return "the head dim is not a multiple of 8 up to that of the instance";
+    case Status::stride_too_large: return "a stride of Composable Kernel is a 32-bit number, one of this call is larger";
+    case Status::launch_failed: return "HIP did not launch the kernel";
+    }
+    return "unknown status";
+}
+
+namespace {
+
+constexpr std::int64_t kMaxStride = 0x7fffffff;
+
+bool fits(const Matrix& x) { return x.batch <= kMaxStride && x.row <= kMaxStride && x.head <= kMaxStride; }
+bool fits(const Rows& x) { return x.batch <= kMaxStride && x.head <= kMaxStride; }
+
+// Under a causal mask alone, Composable Kernel adds slope * column for ALiBi: the same output, but an LSE that is off by
+// slope * row.  A window that hides nothing more makes it add the distances that the LSE is to have.
+void widen_alibi(Shape& shape)
+{
+    if(shape.alibi_slopes != nullptr && shape.window_left < 0)
+        shape.window_left = shape.seqlen_q + shape.seqlen_k;
+}
+
+Status check(int number, const Shape& shape)
+{
+    if(number < 0 || number >= instance_count)
+        return Status::no_instance;
+    const Instance& instance = instances[number];
+    if(instance.varlen != (shape.cu_seqlens_q != nullptr))
+        return Status::wrong_layout;
+    if(shape.headdim % 8 || shape.headdim_v % 8 || shape.headdim > instance.headdim ||
+       shape.headdim_v > instance.headdim_v)
+        return Status::wrong_headdim;
+    return Status::ok;
+}
+
+} // namespace
+
+Status forward(int number, const ForwardParams& given)
+{
+    ForwardParams params = given;
+    widen_alibi(params.shape);
+    if(const Status status = check(number, params.shape); status != Status::ok)
+        return status;
+    if(instances[number].forward == nullptr)
+        return Status::wrong_kernel;
+    if(!fits(params.q) || !fits(params.k) || !fits(params.v) || !fits(params.out) || !fits(params.lse))
+        return Status::stride_too_large;
+    return instances[number].forward(params);
+}
+
+Status backward(int number, const BackwardParams& given, Step step)
+{
+    BackwardParams params = given;
+    widen_alibi(params.shape);
+    if(const Status status = check(number, params.shape); status != Status::ok)
+        return status;
+    if(instances[number].backward == nullptr)
+        return Status::wrong_kernel;
+    for(const Matrix* x : {&params.q, &params.k, &params.v, &params.out, &params.dout, &params.dq, &params.dk, &params.dv,
+                           &params.dq_acc})
+        if(!fits(*x))
+            return Status::stride_too_large;
+    if(!fits(params.lse) || !fits(params.delta) || params.dq_acc_split > kMaxStride)
+        return Status::stride_too_large;
+    return instances[number].backward(params, step);
+}
+
+Status dq_splits(int number, int seqlen_k, int* splits)
+{
+    if(number < 0 || number >= instance_count)
+        return Status::no_instance;
+    if(instances[number].backward == nullptr)
+        return Status::wrong_kernel;
+    const int block = instances[number].key_block;
+    *splits         = block ? (seqlen_k + block - 1) / block : 1;
+    return Status::ok;
+}
+
+} // namespace flash_ck

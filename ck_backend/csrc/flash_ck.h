@@ -1,0 +1,87 @@
+// The torch-free core of the ck back end: plain parameters, the table of compiled instances, status codes.
+//
+// Every pointer is to device memory, every stride in elements; the head dim of a matrix has stride 1.
+#pragma once
+
+#include <cstdint>
+
+namespace flash_ck {
+
+enum class Status : int { ok = 0, no_instance, wrong_kernel, wrong_layout, wrong_headdim, stride_too_large, launch_failed };
+
+// One sentence for each status, without a full stop.
+const char* status_text(Status status);
+
+// (batch, seqlen, nheads, headdim); (total, nheads, headdim) has no batch stride.
+struct Matrix {
+    void* data         = nullptr;
+    std::int64_t batch = 0;
+    std::int64_t row   = 0;
+    std::int64_t head  = 0;
+};
+
+// (batch, nheads, seqlen_q) or (nheads, total_q) float32, contiguous rows.
+struct Rows {
+    float* data        = nullptr;
+    std::int64_t batch = 0;
+    std::int64_t head  = 0;
+};
+
+struct Shape {
+    int batch        = 0;
+    int seqlen_q     = 0; // varlen: the longest
+    int seqlen_k     = 0;
+    int nheads       = 0;
+    int nheads_k     = 0;
+    int headdim      = 0;
+    int headdim_v    = 0;
+    int window_left  = -1; // -1: unlimited; masks are aligned to the bottom right
+    int window_right = -1;
+    float scale      = 1.f;
+    float softcap    = 0.f; // 0: none
+    const std::int32_t* cu_seqlens_q = nullptr; // (batch + 1), varlen only
+    const std::int32_t* cu_seqlens_k = nullptr;
+    const float* alibi_slopes        = nullptr; // (nheads) or (batch, nheads)
+    std::int64_t alibi_batch         = 0;       // its stride, 0 where all of a batch share slopes
+    void* stream                     = nullptr;
+};
+
+struct ForwardParams {
+    Shape shape;
+    Matrix q, k, v, out;
+    Rows lse; // natural logarithm; -inf for a row that sees no key
+};
+
+struct BackwardParams {
+    Shape shape;
+    Matrix q, k, v, out, dout;
+    Matrix dq;     // input dtype
+    Matrix dk, dv; // input dtype, one for each query head: the caller adds those of a group
+    Matrix dq_acc; // float32, zeroed by the caller
+    std::int64_t dq_acc_split = 0; // stride between the splits of a deterministic sum
+    Rows lse, delta;
+};
+
+// The launches of a backward.  Between delta and gradients the caller may subtract the gradient of lse from delta.
+enum class Step : int { delta = 0, gradients, convert };
+
+struct Instance {
+    const char* name;
+    bool varlen;
+    int headdim; // the largest that it takes
+    int headdim_v;
+    int key_block; // backward, deterministic: keys that one split of dq_acc is for; else 0
+    Status (*forward)(const ForwardParams&);
+    Status (*backward)(const BackwardParams&, Step);
+};
+
+// Generated beside the instances, in the order of the manifest.
+extern const Instance instances[];
+extern const int instance_count;
+
+Status forward(int instance, const ForwardParams& params);
+Status backward(int instance, const BackwardParams& params, Step step);
+// How many partial dq_acc a backward adds up: 1, or one for each block of keys where the instance is deterministic.
+Status dq_splits(int instance, int seqlen_k, int* splits);
+
+} // namespace flash_ck

@@ -1,0 +1,198 @@
+"""Instances of Composable Kernel: what each takes, which are built, and which one a call gets.  A leaf.
+
+The library of the ``ck`` back end is a folder that its build fills: ``_C.so`` and ``instances.json``, which says what
+is in it in the order of the library's own table.  Selection reads that list alone, and so knows what the library can do
+without loading it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+
+from flash_rocm import config, runtime
+from flash_rocm.config_schema import CK_VARIANTS, CkConfig, ConfigError, check_object
+from flash_rocm.problem import AttentionProblem
+
+MANIFEST, LIBRARY = "instances.json", "_C.so"
+_SHORT = {"float16": "fp16", "bfloat16": "bf16"}
+#: Composable Kernel addresses the rows of one sequence with a 32-bit number of bytes.
+_MAX_SEQUENCE_BYTES = 1 << 31
+#: ... and takes the distances of ALiBi with v_sad_u16.
+_MAX_ALIBI_SEQLEN = 1 << 16
+BUILD_COMMAND = 'FLASH_ROCM_BUILD=ck FLASH_ROCM_ARCHS="{archs}" pip install --no-build-isolation .'
+
+
+@dataclasses.dataclass(frozen=True)
+class CkInstance:
+    """One compiled kernel, or for backward the three of a pass."""
+
+    kernel: str  # "forward" or "backward"
+    dtype: str
+    headdim: int  # the largest that it takes
+    headdim_v: int
+    variant: tuple[str, ...]  # of CK_VARIANTS, in that order
+    archs: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """A C identifier."""
+        dims = f"d{self.headdim}" if self.headdim == self.headdim_v else f"d{self.headdim}v{self.headdim_v}"
+        layout = "varlen" if "varlen" in self.variant else "dense"
+        rest = [name for name in self.variant if name != "varlen"]
+        return "_".join((self.kernel, _SHORT[self.dtype], dims, layout, *rest))
+
+    def takes(self, kernel: str, problem: AttentionProblem, arch: str) -> bool:
+        """Whether it runs one direction of a problem."""
+        has = {name: name in self.variant for name in CK_VARIANTS}
+        return (
+            (self.kernel, self.dtype) == (kernel, str(problem.dtype).removeprefix("torch."))
+            and arch in self.archs
+            and problem.headdim <= self.headdim
+            and problem.headdim_v <= self.headdim_v
+            and has["varlen"] == problem.varlen
+            and has["alibi"] == problem.alibi
+            and has["softcap"] == (problem.softcap > 0.0)
+            and (has["masked"] or not is_masked(problem))
+            and (has["deterministic"] or not problem.deterministic or kernel == "forward")
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CkLibrary:
+    """A library that is built, and its instances in the order of its table; there is one object for each."""
+
+    folder: pathlib.Path
+    archs: tuple[str, ...]
+    instances: tuple[CkInstance, ...]
+
+    def find(self, kernel: str, problem: AttentionProblem, arch: str) -> int | None:
+        """Number of the instance that runs one direction of a problem: the smallest head dim, then the first."""
+        return _find(self, kernel, problem, arch)
+
+
+@functools.lru_cache(maxsize=4096)  # each launch asks
+def _find(library: CkLibrary, kernel: str, problem: AttentionProblem, arch: str) -> int | None:
+    instances = library.instances
+    found = [n for n, instance in enumerate(instances) if instance.takes(kernel, problem, arch)]
+    return min(found, key=lambda n: (instances[n].headdim + instances[n].headdim_v, n), default=None)
+
+
+def describe(problem: AttentionProblem, arch: str, library: CkLibrary | None) -> list[str]:
+    """One line for each direction of a problem that the library runs, for ``explain``."""
+    if library is None:
+        return []
+    kernels = ("forward", "backward") if problem.needs_grad else ("forward",)
+    numbers = [(kernel, library.find(kernel, problem, arch)) for kernel in kernels]
+    return [f"{kernel}: {library.instances[n].name} ({library.folder})" for kernel, n in numbers if n is not None]
+
+
+def is_masked(problem: AttentionProblem) -> bool:
+    """Whether a mask hides keys, be it a causal one or a window."""
+    return problem.window_left >= 0 or problem.window_right >= 0
+
+
+def from_config(entry: CkConfig, arch: str) -> list[CkInstance]:
+    """The instances that an entry of a config file asks for."""
+    return [
+        CkInstance(entry.kernel, dtype, *entry.headdims, variant, (arch,))
+        for dtype in entry.dtypes
+        for variant in entry.variants
+    ]
+
+
+def built() -> CkLibrary | None:
+    """The library that calls use: that of an explicit ``FLASH_ROCM_CACHE_DIR``, else that of the package, if any.
+
+    Raises:
+        ConfigError: its list of instances is damaged.
+    """
+    return _built(runtime.built_ck())
+
+
+@functools.lru_cache(maxsize=16)
+def _built(explicit: pathlib.Path | None) -> CkLibrary | None:
+    package = importlib.util.find_spec("flash_rocm._ck")
+    inside = [pathlib.Path(folder) for folder in (package and package.submodule_search_locations) or ()]
+    for folder in (*([explicit] if explicit else []), *inside):
+        if (folder / MANIFEST).is_file() and (folder / LIBRARY).is_file():
+            return _read(folder)
+    return None
+
+
+def _read(folder: pathlib.Path) -> CkLibrary:
+    where = str(folder / MANIFEST)
+    hint = "Hint: build it again"
+    try:
+        raw = config.parse(where, (folder / MANIFEST).read_text(encoding="utf-8"))
+        contents = check_object(where, raw, ("archs", "instances", "built_with"), ("archs", "instances", "built_with"))
+        names = [field.name for field in dataclasses.fields(CkInstance)]
+        rows = [check_object(where, row, names, names) for row in contents["instances"]]
+        instances = tuple(CkInstance(**row | {key: tuple(row[key]) for key in ("variant", "archs")}) for row in rows)
+    except (OSError, UnicodeDecodeError, TypeError) as error:
+        raise ConfigError(f"{where}: expected the list of a library's instances, {error}. {hint}") from error
+    return CkLibrary(folder, tuple(contents["archs"]), instances)
+
+
+def manifest(archs: tuple[str, ...], instances: list[CkInstance], built_with: str) -> dict[str, object]:
+    """What ``instances.json`` says, for whoever builds."""
+    return {
+        "archs": archs,
+        "built_with": built_with,
+        "instances": [dataclasses.asdict(instance) for instance in instances],
+    }
+
+
+def refusals(problem: AttentionProblem, arch: str, library: CkLibrary | None) -> list[str]:
+    """Why Composable Kernel does not run a problem, beside the features that the back end lacks as a whole."""
+    reasons = []
+    if problem.dropout_p > 0.0:
+        reasons.append(
+            "dropout in Composable Kernel compares 8 bits of a random number, elsewhere 31: masks would differ"
+        )
+    if problem.headdim % 8 or problem.headdim_v % 8:
+        reasons.append(f"headdim {problem.headdim}, {problem.headdim_v} of v: only multiples of 8")
+    if problem.softmax_scale <= 0.0:
+        reasons.append(f"softmax_scale {problem.softmax_scale}: only > 0, as the largest score is found before scaling")
+    if problem.softcap > 0.0 and problem.needs_grad:
+        reasons.append("softcap has no backward in Composable Kernel")
+    if problem.softcap > 0.0 and problem.alibi:
+        reasons.append("softcap and alibi are not combined in Composable Kernel")
+    if problem.alibi and max(problem.seqlen_q, problem.seqlen_k) > _MAX_ALIBI_SEQLEN:
+        reasons.append(f"alibi over more than {_MAX_ALIBI_SEQLEN} positions, whose distances are 16-bit numbers there")
+    if problem.needs_grad and problem.deterministic:
+        # Blocks of 64 keys, the smallest that there are, have a part of dq each.
+        part = -(-problem.seqlen_k // 64) * problem.seqlen_q * problem.headdim
+        if part >= 1 << 29 or problem.batch * problem.nheads * part >= 1 << 31:
+            reasons.append("deterministic, with parts of dq that are too large for Composable Kernel's 32-bit strides")
+    row = problem.nheads * max(problem.headdim, problem.headdim_v)
+    if 2 * row * max(problem.seqlen_q, problem.seqlen_k) >= _MAX_SEQUENCE_BYTES:
+        reasons.append("a sequence of 2 GiB or more, which Composable Kernel addresses with 32 bits")
+    if library is None or reasons:
+        return reasons
+    if arch not in library.archs:
+        command = BUILD_COMMAND.format(archs=";".join((*library.archs, arch)))
+        return [f"the library is built for {', '.join(library.archs)}, not for {arch}: {command}"]
+    for kernel in ("forward", "backward") if problem.needs_grad else ("forward",):
+        if library.find(kernel, problem, arch) is None:
+            reasons.append(f"no instance of the library runs the {kernel}: {_wanted(kernel, problem, arch)}")
+    return reasons
+
+
+def _wanted(kernel: str, problem: AttentionProblem, arch: str) -> str:
+    """The name that an instance for exactly this problem would have, and how it would be built."""
+    used = {
+        "varlen": problem.varlen,
+        "masked": is_masked(problem) or problem.alibi,
+        "alibi": problem.alibi,
+        "softcap": problem.softcap > 0.0,
+        "deterministic": kernel == "backward" and problem.deterministic,
+    }
+    variant = tuple(name for name in CK_VARIANTS if used[name])
+    dtype = str(problem.dtype).removeprefix("torch.")
+    if dtype not in _SHORT:
+        return f"{dtype} has none"
+    exact = CkInstance(kernel, dtype, problem.headdim, problem.headdim_v, variant, (arch,))
+    return f"expected {exact.name} or one that takes more. Hint: build with it in the ck entries of {arch}.json"
