@@ -35,7 +35,7 @@ def implementation(found: AttentionProblem, arch: Arch = SM90) -> str:
 @pytest.mark.parametrize(
     "fields",
     (
-        {}, {"headdim": 64}, {"headdim": 256, "window_right": 0}, {"dtype": torch.float16, "varlen": True},
+        {}, {"headdim": 256, "window_right": 0}, {"dtype": torch.float16, "varlen": True},
         {"window_left": 9, "window_right": 3}, {"nheads_k": 2, "needs_grad": True}, {"seqlen_q": 1, "seqlen_k": 7},
     ),
     ids=str,
@@ -48,7 +48,7 @@ def test_taken(fields: dict[str, Any]) -> None:
     "fields",
     (
         {"softcap": 2.0}, {"sinks": True}, {"alibi": True}, {"softmax_scale": -0.1}, {"softmax_scale": 0.0},
-        {"dtype": torch.float32}, {"dropout_p": 0.1}, {"headdim": 96}, {"headdim": 32}, {"headdim": 512},
+        {"dtype": torch.float32}, {"dropout_p": 0.1}, {"headdim": 96}, {"headdim": 64}, {"headdim": 512},
         {"headdim": 192, "headdim_v": 128},
     ),
     ids=str,
@@ -98,7 +98,7 @@ def test_tuned_entries_are_of_the_triton_kernel(tmp_path: Any, monkeypatch: pyte
 
 
 @needs_compiler
-@pytest.mark.parametrize("headdim", (64, 128, 256))
+@pytest.mark.parametrize("headdim", (128, 256))
 @pytest.mark.parametrize("mask", ({}, {"window_right": 0}, {"window_left": 100, "window_right": 7}), ids=str)
 def test_compiles_for_hopper(mask: dict[str, int], headdim: int) -> None:
     """Products do not wait for each other, next to nothing spills, and there are as many as the loops ask for."""
@@ -130,7 +130,7 @@ def test_compiles_for_hopper(mask: dict[str, int], headdim: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("headdim", (64, 128, 256))
+@pytest.mark.parametrize("headdim", (128, 256))
 def test_sees_nothing_beyond_its_sequence(headdim: int, causal: bool) -> None:
     """NaN in the next sequence, and in rows that nobody owns, stays there."""
     if torch.cuda.get_device_capability() != (9, 0):
@@ -158,7 +158,7 @@ def test_sees_nothing_beyond_its_sequence(headdim: int, causal: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ("full", "causal", "window", "gqa", "strided", "misaligned"))
-@pytest.mark.parametrize("headdim", (64, 128, 256))
+@pytest.mark.parametrize("headdim", (128, 256))
 def test_both_implementations_agree(headdim: int, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within roundings of the result; ``test_matrix.py`` compares with float64."""
     generator = torch.Generator(device="cuda").manual_seed(1)
