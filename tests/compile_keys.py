@@ -20,7 +20,7 @@ from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 #: Those of launch.KERNELS, and over a K/V cache.
-LAUNCHERS = {**launch.KERNELS, "attend": cached.ATTEND["triton"], "combine": cached.COMBINE, "append": cached.APPEND}
+LAUNCHERS = {**launch.KERNELS, "attend": cached.ATTEND, "combine": cached.COMBINE, "append": cached.APPEND}
 #: (kernel, call) of every launch that would compile.
 Recorded = list[tuple[str, launch.Call]]
 
