@@ -36,7 +36,9 @@ def _instance(kernel: str, problem: AttentionProblem, device: torch.device) -> t
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """The tensor as the kernels can read it, in 16 bytes at a time with 32-bit strides; a copy where it is not so."""
     *outer, last = x.stride()
-    if last == 1 and x.data_ptr() % 16 == 0 and all(n % 8 == 0 and n <= _MAX_STRIDE for n in outer):
+    # Rows of a sequence are addressed with 32 bits, which a view of packed tensors passes before a copy of it does.
+    near = (x.shape[-3] - 1) * x.stride(-3) * x.element_size() <= _MAX_STRIDE
+    if near and last == 1 and x.data_ptr() % 16 == 0 and all(n % 8 == 0 and n <= _MAX_STRIDE for n in outer):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

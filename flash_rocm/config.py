@@ -5,9 +5,9 @@ One file per arch, ``<arch>.json``; ``generic.json`` serves archs without one.  
     {"arch": "gfx1101", "inherits": "gfx1100"}                    another file, used whole, or
     {"arch": "gfx1100", "triton": [ENTRY, ...], "ck": [...]}      entries tried from the top
 
-    ENTRY = {"kernel": "forward" | "backward_dq" | "backward_dkdv" | "probs",
-             "match": {"dtype": [...], "headdim": [min, max], "seqlen": [min, max],
-                       "causal": true | false, "masked": ..., "varlen": ...},      each optional
+    ENTRY = {"kernel": "forward" | "backward_dq" | "backward_dkdv" | "probs" | "decode" | "prefill" | "mla",
+             "match": {"dtype": [...], "headdim": [min, max], "seqlen": [min, max], "page_size": [min, max],
+                       "causal": true | false, "masked": ..., "varlen": ..., "plain": ...},      each optional
              "options": {"BLOCK_M": 128, ...},
              "limits": {"vgpr_spills": 0, "loop_scratch": 0, "waves_per_simd": 1, "R": 0.85,
                         "oldest_spills": 0},                             each optional
@@ -24,6 +24,7 @@ entries that were tuned on this machine (``flash_rocm/tuned.py``) and the files 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.resources
 import json
@@ -178,8 +179,11 @@ def lookup(
         ConfigError: a file or variable is wrong, also for this arch alone, or no entry matches.
     """
     source = source or _SHIPPED
-    found = tuned or _from_file(arch, kernel, facts, source.folder)
     override = _overrides(source.kernels, source.forward).get(kernel)
+    if override is not None and override.options.get("implementation") == "triton":
+        # On top of what Triton's kernel takes, not of options that were chosen for another one.
+        facts = dataclasses.replace(facts, plain=False)
+    found = tuned or _from_file(arch, kernel, facts, source.folder)
     if override is None or not override.options:
         return found
     # Only here is it known which chip a variable is for.

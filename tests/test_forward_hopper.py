@@ -49,7 +49,7 @@ def test_taken(fields: dict[str, Any]) -> None:
     (
         {"softcap": 2.0}, {"sinks": True}, {"alibi": True}, {"softmax_scale": -0.1}, {"softmax_scale": 0.0},
         {"dtype": torch.float32}, {"dropout_p": 0.1}, {"headdim": 96}, {"headdim": 64}, {"headdim": 512},
-        {"headdim": 192, "headdim_v": 128},
+        {"headdim": 192, "headdim_v": 128}, {"headdim": 256, "headdim_v": 32}, {"headdim": 32, "headdim_v": 128},
     ),
     ids=str,
 )  # fmt: skip
@@ -75,13 +75,34 @@ def test_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"forward": {"BLOCK_M": 64}}')
     with pytest.raises(ConfigError, match=r"expected BLOCK_M=128 with implementation=gluon, got 64\. Hint"):
         plan("forward", problem(), SM90, runtime.config_source(), True)
+    # One stage would wait for itself.
+    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"forward": {"num_stages": 1}}')
+    with pytest.raises(ConfigError, match="expected num_stages=2 or 3 or 4 with implementation=gluon, got 1"):
+        plan("forward", problem(), SM90, runtime.config_source(), True)
     monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"forward": {"BLOCK_M": 64, "implementation": "triton"}}')
-    assert plan("forward", problem(), SM90, runtime.config_source(), True).config.BLOCK_M == 64
+    found = plan("forward", problem(), SM90, runtime.config_source(), True).config
+    without = plan("forward", problem(), SM90, None, False).config
+    # Over what Triton's kernel takes, not over the Gluon entry.
+    assert found.BLOCK_M == 64 and (found.BLOCK_N, found.num_warps) == (without.BLOCK_N, without.num_warps)
     monkeypatch.delenv("FLASH_ROCM_KERNEL_CONFIG")
     # The variable that flash-attn's users know is about Triton's kernel.
     monkeypatch.setenv("FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON", '{"BLOCK_M": 64, "num_warps": 8}')
     found = plan("forward", problem(), SM90, runtime.config_source(), True).config
     assert (found.implementation, found.BLOCK_M, found.num_warps) == ("triton", 64, 8)
+
+
+def test_gluon_is_refused_to_calls_that_are_not_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would ignore what it does not have."""
+    from flash_rocm._triton.plan import is_plain, plan
+
+    options = '{"implementation": "gluon", "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}'
+    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", f'{{"forward": {options}}}')
+    source = runtime.config_source()
+    assert plan("forward", problem(), SM90, source, True).config.implementation == "gluon"
+    for fields in ({"softcap": 2.0}, {"dropout_p": 0.1}, {"headdim": 96}, {"dtype": torch.float32}):
+        found = problem(**fields)
+        with pytest.raises(ConfigError, match="expected implementation=triton for this call, got gluon"):
+            plan("forward", found, SM90, source, is_plain(found))
 
 
 def test_tuned_entries_are_of_the_triton_kernel(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ def test_taken(form: dict[str, Any]) -> None:
     (
         {"softcap": 2.0}, {"sinks": True}, {"alibi": True}, {"softmax_scale": -0.1}, {"dtype": torch.float32},
         {"rotary_dim": 16}, {"headdim": 40}, {"headdim": 128}, {"headdim_v": 300}, {"qv": False, "headdim_v": 64},
+        {"headdim": 512, "headdim_v": 64}, {"headdim": 512, "headdim_v": 512},
     ),
     ids=str,
 )  # fmt: skip

@@ -19,7 +19,7 @@ from .common import INTERPRET
 from .compile import BUFFER_BYTES
 from .forward_hopper import attn_fwd_hopper_kernel
 from .forward_kernel import attn_fwd_kernel
-from .plan import Launchable, Plan, is_plain, plan
+from .plan import Launchable, Plan, is_plain, kernel_config, plan
 from .probs_kernel import attn_probs_kernel
 
 _KNOWN_MAX = 4096
@@ -155,12 +155,31 @@ def compilations() -> int:
     return sum(len(launcher.compiled) for launcher in KERNELS.values())
 
 
+def _is_plain(kernel: str, problem: AttentionProblem, strided: tuple[torch.Tensor, ...]) -> bool:
+    """See :class:`flash_rocm.config_schema.Facts`."""
+    return kernel == "forward" and is_plain(problem) and are_aligned(strided, tuple(map(strides_of, strided)))
+
+
 def settle(
-    kernel: str, problem: AttentionProblem, device: torch.device, key: tuple[Any, ...], configs: ConfigSource | None
+    kernel: str,
+    problem: AttentionProblem,
+    device: torch.device,
+    key: tuple[Any, ...],
+    configs: ConfigSource | None,
+    plain: bool = False,
 ) -> tuple[tuple[Any, ...] | None, ConfigSource | None]:
-    """Key and configs of a launch that is not known yet, after tuning where that is asked for."""
+    """Key and configs of a launch that is not known yet, after tuning where that is asked for.
+
+    Args:
+        plain: see :class:`flash_rocm.config_schema.Facts`.
+    """
     if configs is None or not configs.tune:
         return key, configs
+    if (
+        plain
+        and kernel_config(kernel, problem, virtual_device.arch_of(device), configs, plain).implementation != "triton"
+    ):
+        return key, configs  # has nothing to tune
     from .tuning import tune_at_first_use  # measures by launching, so it imports this module
 
     if tune_at_first_use(kernel, problem, device, configs):
@@ -187,7 +206,7 @@ def new_call(
     """
     q = strided[0]
     strides = tuple(strides_of(x) for x in strided)
-    plain = kernel == "forward" and is_plain(problem) and are_aligned(strided, strides)
+    plain = _is_plain(kernel, problem, strided)
     current = plan(kernel, problem, virtual_device.arch_of(q.device), configs, plain)
     is_backward = kernel.startswith("backward")
     row = max(problem.headdim if is_backward else 0, problem.headdim_v if kernel != "probs" else 0)
@@ -325,7 +344,7 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
     launcher = KERNELS["forward"]
     if launcher.launch_known(key, [*pointers, *lse_strides]):
         return out, lse
-    known_as, configs = settle("forward", problem, q.device, key, configs)
+    known_as, configs = settle("forward", problem, q.device, key, configs, _is_plain("forward", problem, (q, k, v)))
     launcher.launch_new(known_as, new_call("forward", problem, configs, tensors, (q, k, v), lse_strides, slopes))
     return out, lse
 

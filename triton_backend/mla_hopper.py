@@ -108,7 +108,9 @@ def _values(
         mbarrier.arrive(p_empty, count=1)
         pair += 1
     mbarrier.wait(p_full, pair & 1)
-    acc = acc * factors.load(row_layout)[:, None]
+    # 0 for a row that sees no key; its accumulator may hold 0 * NaN of keys that other rows see.
+    inverse = factors.load(row_layout)[:, None]
+    acc = gl.where(inverse == 0.0, 0.0, acc * inverse)
     rows_in_tile = gl.arange(0, ROWS, layout=row_layout)
     packed = packed_start + rows_in_tile
     rows = (out_row + packed // group_size).to(gl.int64)

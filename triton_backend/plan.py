@@ -93,7 +93,8 @@ def kernels_of(problem: AttentionProblem) -> tuple[str, ...]:
 
 def describe_configs(problem: AttentionProblem, arch: Arch) -> list[str]:
     """One line per kernel for ``explain``."""
-    source, plain = runtime.config_source(), is_plain(problem) and not runtime.debug()
+    # Kernels over a K/V cache are checked ones in debugging; of the tensors' layout nothing is known here.
+    source, plain = runtime.config_source(), is_plain(problem) and not (problem.cached and runtime.debug())
     found = ((kernel, kernel_config(kernel, problem, arch, source, plain)) for kernel in kernels_of(problem))
     return [f"{kernel}: {entry.describe()}" for kernel, entry in found]
 
@@ -150,22 +151,34 @@ class Plan:
         )
 
 
-#: What the Gluon kernels are written for, by kernel.
-_GLUON_OPTIONS = {
-    "forward": {"BLOCK_M": 128, "BLOCK_K": 0, "num_warps": 4},
-    "mla": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 0, "num_warps": 4},
+#: Values of options that the Gluon kernels are written for.
+_GLUON_OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {
+    # One stage would wait for itself: keys are announced after the copy of the values behind them has begun.
+    "forward": {
+        "BLOCK_M": (128,),
+        "BLOCK_N": (64, 128),
+        "BLOCK_K": (0,),
+        "num_warps": (4,),
+        "num_stages": (2, 3, 4),
+    },
+    "mla": {"BLOCK_M": (64,), "BLOCK_N": (64,), "BLOCK_K": (0,), "num_warps": (4,)},
 }
 
 
-def _check_implementation(kernel: str, entry: KernelConfig) -> None:
-    """Raise ConfigError for options that the Gluon kernel of this name has no other value of."""
+def _check_implementation(kernel: str, entry: KernelConfig, plain: bool) -> None:
+    """Raise ConfigError where the Gluon kernel of this name does not take the call or the value of an option."""
     if entry.implementation != "gluon":
         return
-    for name, value in _GLUON_OPTIONS[kernel].items():
-        if getattr(entry, name) != value:
+    if not plain:
+        raise ConfigError(
+            f"{kernel}: {entry.describe()}: expected implementation=triton for this call, got gluon. Hint: it takes "
+            'plain calls alone (Facts in flash_rocm/config_schema.py); give such an entry "plain": true to match'
+        )
+    for name, values in _GLUON_OPTIONS[kernel].items():
+        if getattr(entry, name) not in values:
             raise ConfigError(
-                f"{kernel}: {entry.describe()}: expected {name}={value} with implementation=gluon, got "
-                f"{getattr(entry, name)}. Hint: implementation=triton takes other values"
+                f"{kernel}: {entry.describe()}: expected {name}={' or '.join(map(str, values))} with "
+                f"implementation=gluon, got {getattr(entry, name)}. Hint: implementation=triton takes other values"
             )
 
 
@@ -180,7 +193,7 @@ def plan(
         plain: see :class:`flash_rocm.config_schema.Facts`.
     """
     entry = kernel_config(kernel, problem, arch, source, plain)
-    _check_implementation(kernel, entry)
+    _check_implementation(kernel, entry, plain)
     softcap, scale = problem.softcap, problem.softmax_scale
     constants: dict[str, Any] = {
         "HEADDIM": problem.headdim,
@@ -233,10 +246,18 @@ def is_absorbed(problem: AttentionProblem) -> bool:
 
 
 def is_plain(problem: AttentionProblem) -> bool:
-    """Facts.plain of the config schema, as far as the problem tells."""
-    dims = (*score_dims(problem), problem.headdim_v)
+    """Facts.plain of the config schema, as far as the problem tells.
+
+    Head dims are those that the Gluon kernels are written for: absorbed MLA of 512 and 64, else powers of two that
+    the rows of swizzled shared memory divide.
+    """
+    if problem.cached:
+        fits = score_dims(problem) == (64, MAX_TILE_D) and problem.headdim_v == MAX_TILE_D
+    else:
+        fits = all(dim >= 64 and dim == block_d(dim) for dim in (problem.headdim, problem.headdim_v))
     return (
-        all(dim in (0, block_d(dim)) for dim in dims)
+        fits
+        and problem.dtype in (torch.float16, torch.bfloat16)
         and problem.softmax_scale > 0.0
         and not (problem.softcap or problem.alibi or problem.sinks or problem.rotary_dim or problem.dropout_p)
     )

@@ -146,9 +146,11 @@ def _flash_attn_varlen_forward(
             seqused_k=seqused_k,
             alibi_slopes=alibi_slopes,
         )
+        longest_q = validation.check_max_seqlen("max_seqlen_q", max_seqlen_q)
+        longest_k = validation.check_max_seqlen("max_seqlen_k", max_seqlen_k)
         with torch.no_grad():
             out, softmax_lse = attend_cached(
-                inputs, {}, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window, softcap, 0, False, 0
+                inputs, {}, longest_q, longest_k, softmax_scale, causal, window, softcap, 0, False, 0
             )
         state = torch.zeros(2, dtype=torch.int64, device=q.device)
         return out, lse_at_border(softmax_lse), q.new_empty((0,)), state

@@ -348,7 +348,8 @@ def layer_norm_linear_fn(
         is_rms_norm=is_rms_norm,
     )
     y, total = cast("tuple[torch.Tensor, torch.Tensor]", found)
-    out = torch.nn.functional.linear(y, linear_weight.to(y.dtype), linear_bias)
+    bias = None if linear_bias is None else linear_bias.to(y.dtype)
+    out = torch.nn.functional.linear(y, linear_weight.to(y.dtype), bias)
     return (out, total) if prenorm else out
 
 

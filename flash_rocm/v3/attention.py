@@ -74,6 +74,7 @@ def flash_attn_func(
     refuse_fp8(q_descale, k_descale, v_descale)
     validation.check_hints(num_splits, pack_gqa, sm_margin)
     q, k, v = autocast(q, k, v)
+    qv = None if qv is None else autocast(qv, k, v)[0]
     layout = validation.check_qkv(q, k, v, 4, 4)
     if qv is not None or attention_chunk:
         return _attend_cached(
@@ -190,6 +191,7 @@ def flash_attn_varlen_func(
     refuse_fp8(q_descale, k_descale, v_descale)
     validation.check_hints(num_splits, pack_gqa, sm_margin)
     q, k, v = autocast(q, k, v)
+    qv = None if qv is None else autocast(qv, k, v)[0]
     layout = validation.check_qkv(q, k, v, 3, 3)
     validation.check_varlen(q, cu_seqlens_q, cu_seqlens_k)
     lengths = (
