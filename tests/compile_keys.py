@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton", reason="works with Triton's cache keys")
 
 from flash_rocm._triton import cached, launch, offline  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 #: Those of launch.KERNELS, and over a K/V cache.
@@ -42,8 +43,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Recorded]:
 
 
 @functools.cache
-def _binder(kernel: str, arch: Arch) -> Any:
-    function = LAUNCHERS[kernel].kernel
+def _binder(function: Any, arch: Arch) -> Any:
     return create_function_from_signature(function.signature, function.params, make_backend(offline.target_of(arch)))
 
 
@@ -55,7 +55,8 @@ def specialised(kernel: str, call: launch.Call, arch: Arch) -> tuple[Any, list[A
     extra: dict[str, Any] = {"debug": False, "instrumentation_mode": knobs.compilation.instrumentation_mode}
     if hasattr(knobs.compilation, "fpsan_homomorphic_casts"):
         extra["fpsan_homomorphic_casts"] = knobs.compilation.fpsan_homomorphic_casts
-    return _binder(kernel, arch)(*call.tensors, *call.lse_strides, *tail, **call.plan.options, **extra)
+    function = LAUNCHERS[kernel].kernel_of(call.plan)
+    return _binder(function, arch)(*call.tensors, *call.lse_strides, *tail, **call.plan.options, **extra)
 
 
 def jit_key(kernel: str, call: launch.Call, arch: Arch) -> str:
@@ -66,10 +67,11 @@ def jit_key(kernel: str, call: launch.Call, arch: Arch) -> str:
 
 def _code(kernel: str, call: launch.Call, arch: Arch) -> tuple[ASTSource, dict[str, Any]]:
     """What a launch would compile, and the options."""
-    function, backend = LAUNCHERS[kernel].kernel, make_backend(offline.target_of(arch))
+    function, backend = LAUNCHERS[kernel].kernel_of(call.plan), make_backend(offline.target_of(arch))
     bound, specialisation, options = specialised(kernel, call, arch)
     parsed, signature, constexprs, attrs = function._pack_args(backend, options, bound, specialisation, options)
-    return ASTSource(function, signature, constexprs, attrs), parsed.__dict__
+    source = GluonASTSource if function.is_gluon() else ASTSource
+    return source(function, signature, constexprs, attrs), parsed.__dict__
 
 
 def disk_key(kernel: str, call: launch.Call, arch: Arch) -> str:

@@ -66,8 +66,7 @@ class Launcher:
 
     def __init__(self, kernel: Any, gluon: Any = None) -> None:
         self.kernel = kernel
-        #: By the implementation that a config asks for.
-        self._kernels = {"triton": kernel, "gluon": gluon}
+        self._gluon = gluon
         self._known: dict[tuple[Any, ...], _Known] = {}
         #: Triton's hashes of the compiled kernels that were launched.
         self.compiled: set[str] = set()
@@ -126,7 +125,7 @@ class Launcher:
 
     def kernel_of(self, current: Launchable) -> Any:
         """The Triton function of a plan's implementation."""
-        return self._kernels[current.implementation]
+        return self._gluon if current.implementation == "gluon" else self.kernel
 
     def tail_of(self, call: Call) -> tuple[Any, ...]:
         """Arguments of the kernel behind the strides of softmax_lse: run-time numbers, then constants."""
@@ -146,8 +145,8 @@ KERNELS = {
 if not INTERPRET.value:
     # Triton's key of a function depends on whether those it calls have been asked for theirs before (seen with
     # 3.6, not with 3.9).  Asked for in one order here, so that any process finds what another has compiled.
-    for _launcher in KERNELS.values():
-        _ = _launcher.kernel.cache_key
+    for _function in (*(launcher.kernel for launcher in KERNELS.values()), attn_fwd_hopper_kernel):
+        _ = _function.cache_key
 
 
 def compilations() -> int:

@@ -22,7 +22,7 @@ from flash_rocm.runtime import Arch, ConfigSource
 from .cached import ATTEND, num_splits_of
 from .compile import Pointer, source_for, target_of
 from .launch import KERNELS
-from .plan import MAX_TILE_D, cache_kernel, cache_plan, plan
+from .plan import MAX_TILE_D, cache_kernel, cache_plan, is_plain, plan
 
 #: Pointers whose type is not that of q.
 _POINTERS = {
@@ -65,8 +65,8 @@ def source_of(
     """
     if problem.cached:
         return _cache_source(kernel, problem, arch, wide, source)
-    function = KERNELS[kernel].kernel
-    current = plan(kernel, problem, arch, source)
+    current = plan(kernel, problem, arch, source, kernel == "forward" and is_plain(problem))
+    function = KERNELS[kernel].kernel_of(current)
     vec = math.gcd(16 // problem.dtype.itemsize, problem.headdim, problem.headdim_v)
     constants: dict[str, Any] = {**current.constants, "VEC": vec, "WIDE": wide, "HAS_DLSE": has_dlse}
     pointers = {
