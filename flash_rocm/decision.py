@@ -21,11 +21,7 @@ class Decision(NamedTuple):
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function of the back end, on the virtual GPU if the call is pinned to one."""
-        active = virtual_device.active() if self.virtual else None
-        if not self.virtual or (active is not None and active.arch == self.virtual):
-            return function(self.problem, *args)
-        with virtual_device.virtual_gpu(self.virtual):
-            return function(self.problem, *args)
+        return virtual_device.run_pinned(self.virtual, function, self.problem, *args)
 
 
 def decide(problem: AttentionProblem, request: str, device: torch.device, is_empty: bool) -> Decision:
@@ -38,7 +34,7 @@ def decide(problem: AttentionProblem, request: str, device: torch.device, is_emp
         BackendError: no back end takes it.
     """
     requested, virtual = virtual_device.Request.parse(request)
-    arch = runtime.arch_named(virtual) if virtual else virtual_device.arch_of(device)
+    arch = virtual_device.arch_pinned(virtual, device)
     name = backends.select(problem, arch, requested)
     runtime.log_once(f"back end {name} for {problem.dtype} on {virtual or device.type}")
     return Decision(problem, backends.load(name), is_empty, virtual)

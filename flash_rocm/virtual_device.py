@@ -134,3 +134,17 @@ def arch_of(device: torch.device) -> Arch:
         virtual = active() if device.type == "cpu" else None
         return runtime.arch_named(virtual.arch) if virtual else runtime.CPU
     return runtime.gpu_arch(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def arch_pinned(virtual: str, device: torch.device) -> Arch:
+    """The architecture that a request's call on this device runs on; ``virtual``: of :class:`Request`."""
+    return runtime.arch_named(virtual) if virtual else arch_of(device)
+
+
+def run_pinned(virtual: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function, on the virtual GPU that a request names if it names one."""
+    found = active() if virtual else None
+    if not virtual or (found is not None and found.arch == virtual):
+        return function(*args)
+    with virtual_gpu(virtual):
+        return function(*args)

@@ -17,8 +17,8 @@ from .launch import (
     Call,
     Launcher,
     Tensors,
-    are_aligned,
     divisor_of_strides,
+    is_plain_call,
     lse_strides_of,
     pointers_of,
     slopes_stride,
@@ -61,11 +61,6 @@ def _second_part(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.
 
 def _is_same(x: torch.Tensor, y: torch.Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
-
-
-def _is_plain(problem: AttentionProblem, strided: tuple[torch.Tensor, ...]) -> bool:
-    """See :class:`flash_rocm.config_schema.Facts`."""
-    return is_plain(problem) and not runtime.debug() and are_aligned(strided, tuple(map(strides_of, strided)))
 
 
 def splits_of(problem: AttentionProblem, device: torch.device) -> int:
@@ -128,7 +123,9 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
     q_1, k_1, q_2, k_2 = _second_part(problem, inputs)
     v_is_k2 = k_2 is v or (q_2 is not q and _is_same(k_2, v))
     strided = (q_1, k_1, v, q_2)
-    route = _route_of(problem, inputs, v_is_k2, v_is_k2 and _is_plain(problem, strided))
+    # Checked kernels are Triton's.
+    plain = v_is_k2 and not runtime.debug() and is_plain_call(problem, strided)
+    route = _route_of(problem, inputs, v_is_k2, plain)
     num_splits = route.num_splits
     may_skip_rows = problem.varlen or inputs.seqused_q is not None
     out = _result(q, (*q.shape[:-1], problem.headdim_v), 0.0, may_skip_rows, q.dtype)

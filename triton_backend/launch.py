@@ -154,11 +154,6 @@ def compilations() -> int:
     return sum(len(launcher.compiled) for launcher in KERNELS.values())
 
 
-def _is_plain(kernel: str, problem: AttentionProblem, strided: tuple[torch.Tensor, ...]) -> bool:
-    """See :class:`flash_rocm.config_schema.Facts`."""
-    return kernel == "forward" and is_plain(problem) and are_aligned(strided, tuple(map(strides_of, strided)))
-
-
 def settle(
     kernel: str,
     problem: AttentionProblem,
@@ -205,7 +200,7 @@ def new_call(
     """
     q = strided[0]
     strides = tuple(strides_of(x) for x in strided)
-    plain = _is_plain(kernel, problem, strided)
+    plain = kernel == "forward" and is_plain_call(problem, strided)
     current = plan(kernel, problem, virtual_device.arch_of(q.device), configs, plain)
     is_backward = kernel.startswith("backward")
     row = max(problem.headdim if is_backward else 0, problem.headdim_v if kernel != "probs" else 0)
@@ -267,10 +262,14 @@ def divisor_of_strides(strides: tuple[Strides, ...], itemsize: int) -> int:
     return combined & -combined
 
 
-def are_aligned(tensors: tuple[torch.Tensor, ...], strides: tuple[Strides, ...]) -> bool:
-    """Whether every row starts at a multiple of 16 bytes."""
-    itemsize = tensors[0].element_size()
-    return all(x.data_ptr() % 16 == 0 for x in tensors) and divisor_of_strides(strides, itemsize) * itemsize == 16
+def is_plain_call(problem: AttentionProblem, strided: tuple[torch.Tensor, ...]) -> bool:
+    """Facts.plain of the config schema for a problem and its tensors, whose rows start at multiples of 16 bytes."""
+    itemsize = problem.dtype.itemsize
+    return (
+        is_plain(problem)
+        and all(x.data_ptr() % 16 == 0 for x in strided)
+        and divisor_of_strides(tuple(map(strides_of, strided)), itemsize) * itemsize == 16
+    )
 
 
 def _layout_constants(
@@ -343,7 +342,7 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
     launcher = KERNELS["forward"]
     if launcher.launch_known(key, [*pointers, *lse_strides]):
         return out, lse
-    known_as, configs = settle("forward", problem, q.device, key, configs, _is_plain("forward", problem, (q, k, v)))
+    known_as, configs = settle("forward", problem, q.device, key, configs, is_plain_call(problem, (q, k, v)))
     launcher.launch_new(known_as, new_call("forward", problem, configs, tensors, (q, k, v), lse_strides, slopes))
     return out, lse
 

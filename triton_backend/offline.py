@@ -90,7 +90,7 @@ def _cache_source(
         raise ValueError(
             f"kernel: expected {cache_kernel(problem, v_is_k2)!r} for {problem.describe()}, got {kernel!r}"
         )
-    # inspect does not look at the Gluon kernels: without plain facts, no entry asks for one.
+    # The Gluon kernel for MLA is not looked at here: without plain facts no entry asks for it.
     function = ATTEND.kernel
     current = cache_plan(problem, arch, source, v_is_k2)
     in_parts = num_splits_of(problem, current, arch) > 1

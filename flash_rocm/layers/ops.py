@@ -54,13 +54,9 @@ def request(x: torch.Tensor) -> str:
 def _call(backend: str, x: torch.Tensor, function: str, *args: Any) -> Any:
     """Run a function of the back end that this request means for x, on the virtual GPU that it names."""
     requested, virtual = virtual_device.Request.parse(backend or virtual_device.request_on(x.device))
-    arch = runtime.arch_named(virtual) if virtual else virtual_device.arch_of(x.device)
+    arch = virtual_device.arch_pinned(virtual, x.device)
     run = getattr(backends.load_layers(backends.select_layers(x.dtype, arch, requested)), function)
-    active = virtual_device.active() if virtual else None
-    if not virtual or (active is not None and active.arch == virtual):
-        return run(*args)
-    with virtual_device.virtual_gpu(virtual):
-        return run(*args)
+    return virtual_device.run_pinned(virtual, run, *args)
 
 
 def _rotary(x: torch.Tensor, cos: torch.Tensor, *args: Any) -> torch.Tensor:
