@@ -56,6 +56,43 @@ def cached_length(
 
 
 @triton.jit
+def part_of_program(nheads_k, num_blocks, num_splits):
+    """Key head, block of rows, split and sequence of a program; the key heads of a block are neighbours."""
+    pid = tl.program_id(0)
+    head_k = pid % nheads_k
+    pid = pid // nheads_k
+    block = pid % num_blocks
+    pid = pid // num_blocks
+    return head_k, block, pid % num_splits, pid // num_splits
+
+
+@triton.jit
+def queries_of(batch, seqlen_q, cu_seqlens_q_ptr, seqused_q_ptr):
+    """First row of a sequence's queries (relative to the batch entry for dense), and how many there are."""
+    start, rows = sequence_bounds(cu_seqlens_q_ptr, batch, seqlen_q, cu_seqlens_q_ptr is not None)
+    if seqused_q_ptr is not None:
+        rows = tl.minimum(rows, tl.load(seqused_q_ptr + batch))
+    return start, rows
+
+
+@triton.jit
+def keys_of(
+    batch, seqlen_k, seqlen_new, capacity, cu_seqlens_k_ptr, cu_seqlens_new_ptr, seqused_k_ptr, leftpad_ptr,
+    error_ptr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """Row that packed keys start at, keys before the append, the left padding, and keys behind that with new ones."""
+    start, cached = cached_length(batch, seqlen_k, capacity, cu_seqlens_k_ptr, seqused_k_ptr, error_ptr, CHECKED)
+    _, new = sequence_bounds(cu_seqlens_new_ptr, batch, seqlen_new, cu_seqlens_new_ptr is not None)
+    first_position = tl.cast(0, tl.int32)
+    if leftpad_ptr is not None:
+        first_position = tl.load(leftpad_ptr + batch)
+        if CHECKED:
+            report(error_ptr, BAD_LENGTH, (first_position < 0) | (first_position > capacity), batch)
+        first_position = tl.minimum(tl.maximum(first_position, 0), capacity)
+    return start, cached, first_position, tl.maximum(tl.minimum(cached + new, capacity) - first_position, 0)
+
+
+@triton.jit
 def entry_of(batch, entries, batch_idx_ptr, error_ptr, CHECKED: tl.constexpr):
     """Cache entry of a sequence."""
     entry = batch
@@ -312,29 +349,14 @@ def attn_cache_kernel(
     Rows of out are (batch * seqlen_q + position) or (cu_seqlens_q[b] + position).  q2 and k2 are further dims of
     q and k; with V_IS_K2 the keys' further dims are the values, which are read once.
     """
-    pid = tl.program_id(0)
-    nheads_k = nheads // group_size
-    head_k = pid % nheads_k
-    pid = pid // nheads_k
-    block = pid % num_blocks
-    pid = pid // num_blocks
-    split = pid % num_splits
-    batch = pid // num_splits
-
-    start_q, rows_total = sequence_bounds(cu_seqlens_q_ptr, batch, seqlen_q, cu_seqlens_q_ptr is not None)
-    if seqused_q_ptr is not None:
-        rows_total = tl.minimum(rows_total, tl.load(seqused_q_ptr + batch))
+    head_k, block, split, batch = part_of_program(nheads // group_size, num_blocks, num_splits)
+    start_q, rows_total = queries_of(batch, seqlen_q, cu_seqlens_q_ptr, seqused_q_ptr)
     if block * BLOCK_M >= rows_total * group_size:
         return
-    start_k, cached = cached_length(batch, seqlen_k, capacity, cu_seqlens_k_ptr, seqused_k_ptr, error_ptr, CHECKED)
-    _, new = sequence_bounds(cu_seqlens_new_ptr, batch, seqlen_new, cu_seqlens_new_ptr is not None)
-    first_position = tl.zeros((), tl.int32)
-    if leftpad_ptr is not None:
-        first_position = tl.load(leftpad_ptr + batch)
-        if CHECKED:
-            report(error_ptr, BAD_LENGTH, (first_position < 0) | (first_position > capacity), batch)
-        first_position = tl.minimum(tl.maximum(first_position, 0), capacity)
-    cols_total = tl.maximum(tl.minimum(cached + new, capacity) - first_position, 0)
+    start_k, cached, first_position, cols_total = keys_of(
+        batch, seqlen_k, seqlen_new, capacity, cu_seqlens_k_ptr, cu_seqlens_new_ptr, seqused_k_ptr, leftpad_ptr,
+        error_ptr, CHECKED,
+    )  # fmt: skip
     shift = cols_total - rows_total
 
     # Rows of the tile: (position, query head of the group).

@@ -7,16 +7,24 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 #: Their names since Triton 3.9, and before.
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-#: Of a warpgroup, each of which arrives when its copies have.
-THREADS = gl.constexpr(128)
+
+
+@gluon.constexpr_function
+def row_layout(dims):
+    """Which thread of a warpgroup copies which 8 numbers of rows of so many 16-bit numbers."""
+    lanes = min(dims // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
+
+
+@gluon.jit
+def copy_at(buffer, rows, exists, DIMS: gl.constexpr):
+    """A warpgroup starts the copy of DIMS numbers from each of the row starts; rows that do not exist become 0."""
+    dims = gl.arange(0, DIMS, layout=gl.SliceLayout(0, row_layout(DIMS)))
+    copy(buffer, rows[:, None] + dims[None, :], mask=exists[:, None])
 
 
 @gluon.jit
 def copy_rows(buffer, ptr, stride, rows_left, ROWS: gl.constexpr, DIMS: gl.constexpr):
-    """A warpgroup starts the copy of [ROWS, DIMS] 16-bit numbers; rows from rows_left on become 0."""
-    LANES: gl.constexpr = DIMS // 8 if DIMS < 256 else 32
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    dims = gl.arange(0, DIMS, layout=gl.SliceLayout(0, layout))
-    ptrs = ptr + rows[:, None].to(gl.int64) * stride + dims[None, :]
-    copy(buffer, ptrs, mask=(rows < rows_left)[:, None])
+    """The same for [ROWS, DIMS] of a matrix, of which rows_left rows exist."""
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout(DIMS)))
+    copy_at(buffer, ptr + rows.to(gl.int64) * stride, rows < rows_left, DIMS)

@@ -21,9 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .cache_kernels import cached_length, entry_of, split_columns, visible_positions
-from .common import LN2, sequence_bounds
-from .hopper import THREADS, barrier, copy
+from .cache_kernels import entry_of, keys_of, part_of_program, queries_of, split_columns, visible_positions
+from .common import LN2
+from .hopper import barrier, copy_at, row_layout
 
 #: Rows of a program: what one warpgroup multiplies.
 ROWS = gl.constexpr(64)
@@ -31,6 +31,8 @@ ROWS = gl.constexpr(64)
 HALF_DV = gl.constexpr(256)
 #: Dims of the keys that are no values.
 ROPE_DIMS = gl.constexpr(64)
+#: Threads of the warpgroup that loads keys, each of which arrives when its copies have.
+THREADS = gl.constexpr(128)
 
 
 @gluon.jit
@@ -39,8 +41,7 @@ def _copy_rows(
     DIMS: gl.constexpr, PAGE_SIZE: gl.constexpr, TILE_N: gl.constexpr, VEC: gl.constexpr,
 ):  # fmt: skip
     """Start the copy of DIMS dims of keys [start, start + TILE_N); those behind the last one become 0."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (DIMS // 8), DIMS // 8], [4, 1], [1, 0])
-    cols = start + gl.arange(0, TILE_N, layout=gl.SliceLayout(1, layout))
+    cols = start + gl.arange(0, TILE_N, layout=gl.SliceLayout(1, row_layout(DIMS)))
     exists = cols < cols_total
     if PAGE_SIZE > 0:
         position = first_position + cols
@@ -48,8 +49,7 @@ def _copy_rows(
         rows = (page * stride_page + (position % PAGE_SIZE).to(gl.int64) * stride_row) * VEC
     else:
         rows = cols.to(gl.int64) * stride_row * VEC
-    dims = gl.arange(0, DIMS, layout=gl.SliceLayout(0, layout))
-    copy(buffer, (ptr + rows)[:, None] + dims[None, :], mask=exists[:, None])
+    copy_at(buffer, ptr + rows, exists, DIMS)
 
 
 @gluon.jit
@@ -198,14 +198,11 @@ def _scores(
 @gluon.jit
 def _load_q(buffer, row_ptr, row_stride_m, row_stride_h, packed_start, group_size, rows_left, DIMS: gl.constexpr):
     """Start the copy of q [ROWS, DIMS]; rows that do not exist become 0."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (DIMS // 8), DIMS // 8], [4, 1], [1, 0])
-    rows_in_tile = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    rows_in_tile = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout(DIMS)))
     packed = packed_start + rows_in_tile
     rows = (packed // group_size).to(gl.int64)
     heads = (packed % group_size).to(gl.int64)
-    dims = gl.arange(0, DIMS, layout=gl.SliceLayout(0, layout))
-    ptrs = row_ptr + (rows * row_stride_m + heads * row_stride_h)[:, None] + dims[None, :]
-    copy(buffer, ptrs, mask=(rows_in_tile < rows_left)[:, None])
+    copy_at(buffer, row_ptr + (rows * row_stride_m + heads * row_stride_h), rows_in_tile < rows_left, DIMS)
 
 
 @gluon.jit(
@@ -235,28 +232,16 @@ def attn_mla_kernel(
     MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS (position, query head) rows of one key head over one split of its keys."""
-    pid = gl.program_id(0)
-    nheads_k = nheads // group_size
-    head_k = pid % nheads_k
-    pid = pid // nheads_k
-    block = pid % num_blocks
-    pid = pid // num_blocks
-    split = pid % num_splits
-    batch = pid // num_splits
-
-    start_q, rows_total = sequence_bounds(cu_seqlens_q_ptr, batch, seqlen_q, cu_seqlens_q_ptr is not None)
-    if seqused_q_ptr is not None:
-        rows_total = gl.minimum(rows_total, gl.load(seqused_q_ptr + batch))
+    head_k, block, split, batch = part_of_program(nheads // group_size, num_blocks, num_splits)
+    start_q, rows_total = queries_of(batch, seqlen_q, cu_seqlens_q_ptr, seqused_q_ptr)
     packed_start = block * ROWS
     rows_left = rows_total * group_size - packed_start
     if rows_left <= 0:
         return
-    start_k, cached = cached_length(batch, seqlen_k, capacity, cu_seqlens_k_ptr, seqused_k_ptr, error_ptr, False)
-    _, new = sequence_bounds(cu_seqlens_new_ptr, batch, seqlen_new, cu_seqlens_new_ptr is not None)
-    first_position = 0
-    if leftpad_ptr is not None:
-        first_position = gl.minimum(gl.maximum(gl.load(leftpad_ptr + batch), 0), capacity)
-    cols_total = gl.maximum(gl.minimum(cached + new, capacity) - first_position, 0)
+    start_k, _, first_position, cols_total = keys_of(
+        batch, seqlen_k, seqlen_new, capacity, cu_seqlens_k_ptr, cu_seqlens_new_ptr, seqused_k_ptr, leftpad_ptr,
+        error_ptr, False,
+    )  # fmt: skip
     shift = cols_total - rows_total
     begin, full_begin, full_end, end = split_columns(
         packed_start // group_size, (packed_start + gl.minimum(rows_left, ROWS) - 1) // group_size, shift, cols_total,
