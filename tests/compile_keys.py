@@ -56,7 +56,7 @@ def specialised(kernel: str, call: launch.Call, arch: Arch) -> tuple[Any, list[A
     if hasattr(knobs.compilation, "fpsan_homomorphic_casts"):
         extra["fpsan_homomorphic_casts"] = knobs.compilation.fpsan_homomorphic_casts
     function = LAUNCHERS[kernel].kernel_of(call.plan)
-    return _binder(function, arch)(*call.tensors, *call.lse_strides, *tail, **call.plan.options, **extra)
+    return _binder(function, arch)(*call.arguments(), *call.lse_strides, *tail, **call.plan.options, **extra)
 
 
 def jit_key(kernel: str, call: launch.Call, arch: Arch) -> str:

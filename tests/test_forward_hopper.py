@@ -35,7 +35,7 @@ def implementation(found: AttentionProblem, arch: Arch = SM90) -> str:
 @pytest.mark.parametrize(
     "fields",
     (
-        {}, {"headdim": 256, "window_right": 0}, {"dtype": torch.float16, "varlen": True},
+        {}, {"headdim": 256, "window_right": 0}, {"headdim": 64}, {"dtype": torch.float16, "varlen": True},
         {"window_left": 9, "window_right": 3}, {"nheads_k": 2, "needs_grad": True}, {"seqlen_q": 1, "seqlen_k": 7},
     ),
     ids=str,
@@ -48,7 +48,7 @@ def test_taken(fields: dict[str, Any]) -> None:
     "fields",
     (
         {"softcap": 2.0}, {"sinks": True}, {"alibi": True}, {"softmax_scale": -0.1}, {"softmax_scale": 0.0},
-        {"dtype": torch.float32}, {"dropout_p": 0.1}, {"headdim": 96}, {"headdim": 64}, {"headdim": 512},
+        {"dtype": torch.float32}, {"dropout_p": 0.1}, {"headdim": 96}, {"headdim": 32}, {"headdim": 512},
         {"headdim": 192, "headdim_v": 128}, {"headdim": 256, "headdim_v": 32}, {"headdim": 32, "headdim_v": 128},
     ),
     ids=str,
@@ -75,9 +75,8 @@ def test_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"forward": {"BLOCK_M": 64}}')
     with pytest.raises(ConfigError, match=r"expected BLOCK_M=128 with implementation=gluon, got 64\. Hint"):
         plan("forward", problem(), SM90, runtime.config_source(), True)
-    # One stage would wait for itself.
-    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"forward": {"num_stages": 1}}')
-    with pytest.raises(ConfigError, match="expected num_stages=2 or 3 or 4 with implementation=gluon, got 1"):
+    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"forward": {"num_stages": 5}}')
+    with pytest.raises(ConfigError, match="expected num_stages=1 or 2 or 3 or 4 with implementation=gluon, got 5"):
         plan("forward", problem(), SM90, runtime.config_source(), True)
     monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"forward": {"BLOCK_M": 64, "implementation": "triton"}}')
     found = plan("forward", problem(), SM90, runtime.config_source(), True).config
@@ -119,20 +118,15 @@ def test_tuned_entries_are_of_the_triton_kernel(tmp_path: Any, monkeypatch: pyte
 
 
 @needs_compiler
-@pytest.mark.parametrize("headdim", (128, 256))
+@pytest.mark.parametrize("headdim", (64, 128, 256))
 @pytest.mark.parametrize("mask", ({}, {"window_right": 0}, {"window_left": 100, "window_right": 7}), ids=str)
 def test_compiles_for_hopper(mask: dict[str, int], headdim: int) -> None:
     """Products do not wait for each other, next to nothing spills, and there are as many as the loops ask for."""
-    from flash_rocm._triton.compile import Pointer, compile_for
-    from flash_rocm._triton.forward_hopper import attn_fwd_hopper_kernel as kernel
-    from flash_rocm._triton.offline import ptxas_report
+    from flash_rocm._triton.offline import compile_kernel, ptxas_report
     from flash_rocm._triton.plan import plan
 
     current = plan("forward", problem(headdim=headdim, **mask), SM90, None, True)
-    pointers: dict[str, Any] = {name: None for name in kernel.arg_names if name.endswith("_ptr")}
-    pointers |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), Pointer(torch.bfloat16))
-    pointers["lse_ptr"] = Pointer(torch.float32)
-    compiled = compile_for(SM90, kernel, pointers, {**current.constants, "VEC": 8}, current.options)
+    compiled = compile_kernel("forward", problem(headdim=headdim, **mask), SM90)
     # The first tile's scores, the last one's values, and both in each loop, for two warpgroups.
     block_n, loops = current.config.BLOCK_N, 3 if mask.get("window_left") else 2
     scores, values = headdim // 16, block_n // 16
@@ -142,7 +136,7 @@ def test_compiles_for_hopper(mask: dict[str, int], headdim: int) -> None:
     report = ptxas_report(compiled.asm["ptx"], 90)
     assert not re.search(r"C75\d\d", report), report
     (spilled,) = re.findall(r"(\d+) bytes spill stores", report)
-    assert int(spilled) <= 96, report
+    assert int(spilled) <= (96 if headdim == 256 else 32), report
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,7 +145,7 @@ def test_compiles_for_hopper(mask: dict[str, int], headdim: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("headdim", (128, 256))
+@pytest.mark.parametrize("headdim", (64, 128, 256))
 def test_sees_nothing_beyond_its_sequence(headdim: int, causal: bool) -> None:
     """NaN in the next sequence, and in rows that nobody owns, stays there."""
     if torch.cuda.get_device_capability() != (9, 0):
@@ -178,8 +172,8 @@ def test_sees_nothing_beyond_its_sequence(headdim: int, causal: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ("full", "causal", "window", "gqa", "strided", "misaligned"))
-@pytest.mark.parametrize("headdim", (128, 256))
+@pytest.mark.parametrize("case", ("full", "causal", "window", "gqa", "strided", "misaligned", "no matrix"))
+@pytest.mark.parametrize("headdim", (64, 128, 256))
 def test_both_implementations_agree(headdim: int, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within roundings of the result; ``test_matrix.py`` compares with float64."""
     generator = torch.Generator(device="cuda").manual_seed(1)
@@ -188,7 +182,12 @@ def test_both_implementations_agree(headdim: int, case: str, monkeypatch: pytest
 
     def values(rows: int, heads: int) -> torch.Tensor:
         shape = (3, rows, heads, wide)
-        return torch.randn(shape, device="cuda", dtype=torch.float16, generator=generator)[..., -headdim:]
+        found = torch.randn(shape, device="cuda", dtype=torch.float16, generator=generator)[..., -headdim:]
+        if case == "no matrix":
+            # The distance of batches is no multiple of that of rows.
+            parts = found.new_zeros(3, rows * heads * wide + 8).as_strided
+            return parts(found.shape, (rows * heads * wide + 8, heads * wide, wide, 1)).copy_(found)
+        return found
 
     q, k, v = values(333, 6), values(517, heads_k), values(517, heads_k)
     options: dict[str, Any] = {"causal": case == "causal", "window_size": (90, 20) if case == "window" else (-1, -1)}

@@ -13,6 +13,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from flash_rocm.runtime import Arch
 
+from .descriptors import Tile
+
 ELEMENTS = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -45,7 +47,7 @@ def target_of(arch: Arch) -> GPUTarget:
 def source_for(
     arch: Arch,
     function: Any,
-    pointers: Mapping[str, Pointer | None],
+    pointers: Mapping[str, Pointer | Tile | None],
     constants: Mapping[str, Any],
     options: Mapping[str, int],
 ) -> tuple[ASTSource, dict[str, Any]]:
@@ -56,7 +58,7 @@ def source_for(
 
     Args:
         function: the Triton function.
-        pointers: its pointer arguments by name, None where the launch passes None.
+        pointers: its pointer arguments by name, None where the launch passes None; a tile for a descriptor.
         constants: values of its compile-time arguments by name.
         options: of the compiler.
     """
@@ -69,6 +71,8 @@ def source_for(
             specialisation.append((param.annotation_type, None))
         elif (pointer := pointers[name]) is None:
             specialisation.append(("constexpr", None))
+        elif isinstance(pointer, Tile):
+            specialisation.append(pointer.specialisation())
         else:
             facts = ("D" if pointer.aligned else "") + ("S" if buffers and pointer.near else "")
             specialisation.append((f"*{ELEMENTS[pointer.dtype]}", facts))
@@ -84,7 +88,7 @@ def source_for(
 def compile_for(
     arch: Arch,
     function: Any,
-    pointers: Mapping[str, Pointer | None],
+    pointers: Mapping[str, Pointer | Tile | None],
     constants: Mapping[str, Any],
     options: Mapping[str, int],
 ) -> Any:

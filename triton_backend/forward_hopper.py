@@ -1,59 +1,117 @@
-"""Forward kernel for Hopper, in Gluon: one warpgroup copies keys and values, two multiply.
+"""Forward kernel for Hopper, in Gluon: one warp copies, two warpgroups multiply.
 
 Each of the two has 64 rows of queries.  The products of a tile of keys and of the tile before with its values
 are under way together, and the softmax of the one runs beside the other (Shah et al. 2024, FlashAttention-3,
-arXiv:2407.08608, section 3.2).  The arguments are those of ``forward_kernel.attn_fwd_kernel``.
+arXiv:2407.08608, section 3.2).  The arguments are those of ``forward_kernel.attn_fwd_kernel``, with descriptors of
+q, k and v as matrices in place of their pointers (``descriptors.Matrix``).
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from .common import LN2, key_ranges, sequence_bounds, tile_of_program, visible_keys
-from .hopper import barrier, copy_rows
+from .common import LN2, key_ranges, sequence_bounds, visible_keys
+from .hopper import barrier
+
+load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 #: Rows of one multiplying warpgroup, of which there are two.
 ROWS = gl.constexpr(64)
 
 
-@gluon.jit
-def _load_keys(
-    keys, values, k_full, k_empty, v_full, v_empty, k_ptr, v_ptr, begin, end, cols_total, stride_kn, stride_vn,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VEC: gl.constexpr,
-):  # fmt: skip
-    """Fill the rings of keys and values with the tiles of [begin, end).
+def tile_rows(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """(rows, dims) of a copy of queries, keys and values."""
+    block_n, block_d, block_dv = (constants[name] for name in ("BLOCK_N", "BLOCK_D", "BLOCK_DV"))
+    return (ROWS.value, block_d), (block_n, block_d), (block_n, block_dv)
 
-    What threads have copied is announced one copy later, after the fence that lets the matrix units see it: the
-    multiplying warpgroups would wait at that fence for their own products.
+
+@gluon.jit
+def _rows_and_keys(
+    step, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    BLOCK_N: gl.constexpr, VARLEN: gl.constexpr, MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """Of one step of this program: batch, head, first row; start and length of both sequences; key_ranges.
+
+    Neighbouring programs have blocks of one head, so that its keys are in L2.  Where later rows see more keys
+    (PAIRED) a program takes a block from the end, then one from the beginning: all such pairs are equally long.
+    num_blocks counts pairs then.  Steps without rows begin at the end of the sequence, and have no keys.
     """
-    tiles = gl.cdiv(end - begin, BLOCK_N)
-    for tile in range(0, tiles):
-        start = begin + tile * BLOCK_N
-        stage = tile % STAGES
-        phase = ((tile // STAGES) & 1) ^ 1
-        mbarrier.wait(k_empty.index(stage), phase)
-        first = start.to(gl.int64) * stride_kn * VEC
-        copy_rows(keys.index(stage), k_ptr + first, stride_kn * VEC, cols_total - start, BLOCK_N, BLOCK_D)
-        async_copy.commit_group()
-        async_copy.wait_group(1)
-        fence_async_shared()
-        mbarrier.arrive(v_full.index((tile + STAGES - 1) % STAGES), count=1, pred=tile > 0)
-        mbarrier.wait(v_empty.index(stage), phase)
-        first = start.to(gl.int64) * stride_vn * VEC
-        copy_rows(values.index(stage), v_ptr + first, stride_vn * VEC, cols_total - start, BLOCK_N, BLOCK_DV)
-        async_copy.commit_group()
-        async_copy.wait_group(1)
-        fence_async_shared()
-        mbarrier.arrive(k_full.index(stage), count=1)
-    async_copy.wait_group(0)
-    fence_async_shared()
-    mbarrier.arrive(v_full.index((tiles + STAGES - 1) % STAGES), count=1, pred=tiles > 0)
+    PAIRED: gl.constexpr = MASK_RIGHT and not MASK_LEFT
+    SIDES: gl.constexpr = 2 if PAIRED else 1
+    index = gl.program_id(0) + step // SIDES * gl.num_programs(0)
+    block = index % num_blocks
+    batch = index // num_blocks // nheads
+    head = index // num_blocks % nheads
+    start_q, rows_total = sequence_bounds(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
+    start_k, cols_total = sequence_bounds(cu_seqlens_k_ptr, batch, seqlen_k, VARLEN)
+    if PAIRED:
+        blocks = gl.cdiv(rows_total, 2 * ROWS)
+        if step % 2 == 0:
+            block = gl.where(block < gl.cdiv(blocks, 2), blocks - 1 - block, blocks)
+        else:
+            block = gl.where(block < blocks // 2, block, blocks)
+    first_row = gl.minimum(block * (2 * ROWS), rows_total)
+    last_row = gl.minimum(first_row + 2 * ROWS, rows_total) - 1
+    begin, full_begin, full_end, end = key_ranges(
+        first_row, last_row, cols_total - rows_total, cols_total, window_left, window_right,
+        BLOCK_N, MASK_LEFT, MASK_RIGHT,
+    )  # fmt: skip
+    if first_row >= rows_total:
+        end = begin
+    return (
+        batch, head, first_row, start_q, rows_total, start_k, cols_total,
+        begin, full_begin, full_end, end,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _load(
+    q, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, q_desc, k_desc, v_desc,
+    q_batch_rows, k_batch_rows, v_batch_rows, stride_qh, stride_kh, stride_vh, group_size,
+    steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VEC: gl.constexpr, VARLEN: gl.constexpr,
+    MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """Copy the queries of each tile of this program, and its keys and values into their rings."""
+    q_bytes: gl.constexpr = 2 * ROWS * q.shape[2] * 2
+    k_bytes: gl.constexpr = BLOCK_N * keys.shape[2] * 2
+    v_bytes: gl.constexpr = BLOCK_N * values.shape[2] * 2
+    loaded = 0  # tiles of keys
+    tiles_q = 0
+    for step in range(0, steps):
+        batch, head, first_row, start_q, _, start_k, _, begin, _, _, end = _rows_and_keys(
+            step, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+            BLOCK_N, VARLEN, MASK_LEFT, MASK_RIGHT,
+        )  # fmt: skip
+        if begin < end:
+            row = batch * q_batch_rows + start_q + first_row
+            mbarrier.wait(q_empty, (tiles_q & 1) ^ 1)
+            mbarrier.expect(q_full, q_bytes)
+            load(q_desc, [row, head * stride_qh * VEC], q_full, q.index(0))
+            load(q_desc, [row + ROWS, head * stride_qh * VEC], q_full, q.index(1))
+            tiles_q += 1
+            k_row = batch * k_batch_rows + start_k
+            v_row = batch * v_batch_rows + start_k
+            head_k = head // group_size
+            for start in range(begin, end, BLOCK_N):
+                stage = loaded % STAGES
+                phase = ((loaded // STAGES) & 1) ^ 1
+                mbarrier.wait(k_empty.index(stage), phase)
+                mbarrier.expect(k_full.index(stage), k_bytes)
+                load(k_desc, [k_row + start, head_k * stride_kh * VEC], k_full.index(stage), keys.index(stage))
+                mbarrier.wait(v_empty.index(stage), phase)
+                mbarrier.expect(v_full.index(stage), v_bytes)
+                load(v_desc, [v_row + start, head_k * stride_vh * VEC], v_full.index(stage), values.index(stage))
+                loaded += 1
 
 
 @gluon.jit
@@ -105,13 +163,28 @@ def _attend_tiles(
 
 
 @gluon.jit
-def _attend(
-    q, keys, values, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr, begin, full_begin, full_end, end,
-    first_row, rows_total, cols_total, window_left, window_right, scale, stride_om,
+def _clear(values, rows_left, BLOCK_N: gl.constexpr):
+    """Set rows of a tile of values to 0 from row rows_left on: what lies behind a sequence can be NaN."""
+    ROWS_AT_ONCE: gl.constexpr = 16
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = gl.arange(0, ROWS_AT_ONCE, layout=gl.SliceLayout(1, layout))
+    for first in gl.static_range(0, BLOCK_N, ROWS_AT_ONCE):
+        if first + ROWS_AT_ONCE > rows_left:
+            part = values.slice(first, ROWS_AT_ONCE, dim=0)
+            x = part.load(layout)
+            part.store(gl.where((first + rows < rows_left)[:, None], x, 0.0).to(values.dtype))
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def _attend_rows(
+    q, keys, values, q_empty, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr, loaded, begin, full_begin, full_end,
+    end, first_row, rows_total, cols_total, window_left, window_right, scale, stride_om,
     BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """Attention of ROWS rows; out_ptr and lse_ptr are those of the first."""
+    """Attention of ROWS rows; out_ptr and lse_ptr are those of the first; loaded: tiles of keys before these."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
@@ -125,42 +198,86 @@ def _attend(
     row_sum = gl.zeros([ROWS], gl.float32, row_layout)
     acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, out_layout)
     if begin < end:
-        s = _scores_of(q, keys, k_full, 0, BLOCK_N, STAGES)
+        s = _scores_of(q, keys, k_full, loaded, BLOCK_N, STAGES)
         s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(k_empty.index(0), count=1)
+        mbarrier.arrive(k_empty.index(loaded % STAGES), count=1)
         p, row_max, row_sum, _ = _softmax(s, row_max, row_sum, begin, first_col, last_col, scale, True, BLOCK_N)
         p = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, out_layout, 2))
         tiles = gl.cdiv(end - begin, BLOCK_N)
         first_full = gl.minimum(gl.maximum((full_begin - begin) // BLOCK_N, 1), tiles)
         end_full = gl.maximum((full_end - begin) // BLOCK_N, first_full)
+        begin -= loaded * BLOCK_N
         if MASK_LEFT:
             acc, p, row_max, row_sum = _attend_tiles(
-                acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, begin, 1, first_full,
+                acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, begin,
+                loaded + 1, loaded + first_full,
                 first_col, last_col, scale, True, BLOCK_N, STAGES,
             )  # fmt: skip
         acc, p, row_max, row_sum = _attend_tiles(
-            acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, begin, first_full, end_full,
+            acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, begin,
+            loaded + first_full, loaded + end_full,
             first_col, last_col, scale, False, BLOCK_N, STAGES,
         )  # fmt: skip
         acc, p, row_max, row_sum = _attend_tiles(
-            acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, begin, end_full, tiles,
+            acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, begin,
+            loaded + end_full, loaded + tiles,
             first_col, last_col, scale, True, BLOCK_N, STAGES,
         )  # fmt: skip
-        stage = (tiles - 1) % STAGES
-        mbarrier.wait(v_full.index(stage), ((tiles - 1) // STAGES) & 1)
+        mbarrier.arrive(q_empty, count=1)
+        last = loaded + tiles - 1
+        stage = last % STAGES
+        mbarrier.wait(v_full.index(stage), (last // STAGES) & 1)
+        rows_left = cols_total - (begin + last * BLOCK_N)
+        if rows_left < BLOCK_N:
+            _clear(values.index(stage), rows_left, BLOCK_N)
         acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty.index(stage), count=1)
     # As in the Triton kernel: a row without a key, and one that sees nothing but NaN.
     dead = (row_max == float("-inf")) & (row_sum == 0.0)
     inverse = gl.where(dead, 0.0, 1.0 / gl.where(dead, 1.0, row_sum))
     lse = gl.where(dead, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
     gl.store(lse_ptr + gl.arange(0, ROWS, layout=row_layout), lse, mask=rows < rows_total)
-    dead = gl.convert_layout(dead, out_row_layout)[:, None]
-    out = gl.where(dead, 0.0, acc * gl.convert_layout(inverse, out_row_layout)[:, None])
+    no_key = gl.convert_layout(dead, out_row_layout)[:, None]
+    out = gl.where(no_key, 0.0, acc * gl.convert_layout(inverse, out_row_layout)[:, None]).to(dtype)
     out_rows = gl.arange(0, ROWS, layout=out_row_layout)
     dims = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, out_layout))
     ptrs = out_ptr + (out_rows.to(gl.int64) * stride_om)[:, None] + dims[None, :]
-    gl.store(ptrs, out.to(dtype), mask=(first_row + out_rows < rows_total)[:, None])
+    gl.store(ptrs, out, mask=(first_row + out_rows < rows_total)[:, None])
+
+
+@gluon.jit
+def _attend(
+    q, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr, stride_lb, stride_lh,
+    steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    scale, PART: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr,
+    MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """Attention of a half of the rows of each tile of this program."""
+    loaded = 0
+    tiles_q = 0
+    for step in range(0, steps):
+        batch, head, first_row, start_q, rows_total, _, cols_total, begin, full_begin, full_end, end = _rows_and_keys(
+            step, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+            BLOCK_N, VARLEN, MASK_LEFT, MASK_RIGHT,
+        )  # fmt: skip
+        if begin < end:
+            mbarrier.wait(q_full, tiles_q & 1)
+            tiles_q += 1
+        if first_row < rows_total:
+            first_row += PART * ROWS
+            row64 = (start_q + first_row).to(gl.int64)
+            lse = lse_ptr + batch.to(gl.int64) * stride_lb + head.to(gl.int64) * stride_lh + row64
+            if not VARLEN:
+                row64 += batch.to(gl.int64) * seqlen_q
+            out = out_ptr + (row64 * nheads + head) * BLOCK_DV
+            _attend_rows(
+                q, keys, values, q_empty, k_full, k_empty, v_full, v_empty, out, lse, loaded, begin, full_begin,
+                full_end, end, first_row, rows_total, cols_total, window_left, window_right, scale, nheads * BLOCK_DV,
+                BLOCK_DV, BLOCK_N, STAGES, MASK_LEFT, MASK_RIGHT,
+            )  # fmt: skip
+        loaded += gl.cdiv(gl.maximum(end - begin, 0), BLOCK_N)
 
 
 @gluon.jit(
@@ -172,7 +289,7 @@ def _attend(
     ]
 )  # fmt: skip
 def attn_fwd_hopper_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, sinks_ptr,
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, sinks_ptr,
     stride_lb: gl.int64, stride_lh: gl.int64,
     stride_qb: gl.int64, stride_qm: gl.int32, stride_qh: gl.int64,
     stride_kb: gl.int64, stride_kn: gl.int32, stride_kh: gl.int64,
@@ -183,80 +300,58 @@ def attn_fwd_hopper_kernel(
     scale: gl.float32, softcap_log2: gl.float32, window_left: gl.int32, window_right: gl.int32,
     dropout_threshold: gl.int32, dropout_rescale: gl.float32,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VEC: gl.constexpr,
-    NUM_XCDS: gl.constexpr, VARLEN: gl.constexpr, MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr,
+    VARLEN: gl.constexpr, MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """One block of 2 * ROWS queries of one head."""
-    block, batch_head = tile_of_program(num_blocks, batch_heads, NUM_XCDS)
-    if MASK_RIGHT:
-        # Later rows see more keys: starting with them evens out the end of the launch.
-        block = num_blocks - 1 - block
-    batch = batch_head // nheads
-    head = batch_head % nheads
-    start_q, rows_total = sequence_bounds(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
-    start_k, cols_total = sequence_bounds(cu_seqlens_k_ptr, batch, seqlen_k, VARLEN)
-    first_row = block * (2 * ROWS)
-    if first_row >= rows_total:
-        return
-    last_row = gl.minimum(first_row + 2 * ROWS, rows_total) - 1
-    begin, full_begin, full_end, end = key_ranges(
-        first_row, last_row, cols_total - rows_total, cols_total, window_left, window_right,
-        BLOCK_N, MASK_LEFT, MASK_RIGHT,
-    )  # fmt: skip
-
-    batch64 = batch.to(gl.int64)
-    head64 = head.to(gl.int64)
-    head_k = (head // group_size).to(gl.int64)
-    row64 = (start_q + first_row).to(gl.int64)
-    q_ptr += (batch64 * stride_qb + head64 * stride_qh + row64 * stride_qm) * VEC
-    k_ptr += (batch64 * stride_kb + head_k * stride_kh + start_k.to(gl.int64) * stride_kn) * VEC
-    v_ptr += (batch64 * stride_vb + head_k * stride_vh + start_k.to(gl.int64) * stride_vn) * VEC
-    lse_ptr += batch64 * stride_lb + head64 * stride_lh + row64
-    if not VARLEN:
-        row64 += batch64 * seqlen_q
-    out_ptr += (row64 * nheads + head) * BLOCK_DV
-    stride_om = nheads * BLOCK_DV
-
-    dtype: gl.constexpr = k_ptr.dtype.element_ty
+    """Tiles of 2 * ROWS queries of one head, one after another."""
+    dtype: gl.constexpr = k_desc.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_D], tile_layout)
     keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], tile_layout)
     values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_DV], tile_layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=2)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=2)
-    for part in gl.static_range(2):
-        rows_left = rows_total - first_row - part * ROWS
-        ptr = q_ptr + (stride_qm.to(gl.int64) * (part * ROWS)) * VEC
-        copy_rows(q.index(part), ptr, stride_qm * VEC, rows_left, ROWS, BLOCK_D)
-    async_copy.commit_group()
-    async_copy.wait_group(0)
     fence_async_shared()
     barrier()
+    steps = gl.cdiv(num_blocks * batch_heads - gl.program_id(0), gl.num_programs(0))
+    if MASK_RIGHT and not MASK_LEFT:
+        steps *= 2
 
     gl.warp_specialize(
         [
             (_attend, (
-                q.index(0), keys, values, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr,
-                begin, full_begin, full_end, end, first_row, rows_total, cols_total, window_left, window_right,
-                scale, stride_om, BLOCK_DV, BLOCK_N, STAGES, MASK_LEFT, MASK_RIGHT,
+                q.index(0), keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr,
+                stride_lb, stride_lh, steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right,
+                cu_seqlens_q_ptr, cu_seqlens_k_ptr, scale,
+                0, BLOCK_DV, BLOCK_N, STAGES, VARLEN, MASK_LEFT, MASK_RIGHT,
             )),
             (_attend, (
-                q.index(1), keys, values, k_full, k_empty, v_full, v_empty, out_ptr + ROWS * stride_om, lse_ptr + ROWS,
-                begin, full_begin, full_end, end, first_row + ROWS, rows_total, cols_total, window_left, window_right,
-                scale, stride_om, BLOCK_DV, BLOCK_N, STAGES, MASK_LEFT, MASK_RIGHT,
+                q.index(1), keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr,
+                stride_lb, stride_lh, steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right,
+                cu_seqlens_q_ptr, cu_seqlens_k_ptr, scale,
+                1, BLOCK_DV, BLOCK_N, STAGES, VARLEN, MASK_LEFT, MASK_RIGHT,
             )),
-            (_load_keys, (
-                keys, values, k_full, k_empty, v_full, v_empty, k_ptr, v_ptr, begin, end, cols_total,
-                stride_kn, stride_vn, BLOCK_D, BLOCK_DV, BLOCK_N, STAGES, VEC,
+            (_load, (
+                q, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, q_desc, k_desc, v_desc,
+                (stride_qb // stride_qm).to(gl.int32), (stride_kb // stride_kn).to(gl.int32),
+                (stride_vb // stride_vn).to(gl.int32), stride_qh.to(gl.int32), stride_kh.to(gl.int32),
+                stride_vh.to(gl.int32), group_size,
+                steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right,
+                cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+                BLOCK_N, STAGES, VEC, VARLEN, MASK_LEFT, MASK_RIGHT,
             )),
         ],
         # Warps of the workers and registers of a thread.
-        [4, 4],
-        [216, 72],
+        [4, 1],
+        [240, 24],
     )  # fmt: skip

@@ -17,7 +17,8 @@ from . import prebuilt, virtual
 from .backward_kernels import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel
 from .common import INTERPRET
 from .compile import BUFFER_BYTES
-from .forward_hopper import attn_fwd_hopper_kernel
+from .descriptors import Known, Matrix, Tile, matrix_of
+from .forward_hopper import attn_fwd_hopper_kernel, tile_rows
 from .forward_kernel import attn_fwd_kernel
 from .plan import Launchable, Plan, is_plain, kernel_config, plan
 from .probs_kernel import attn_probs_kernel
@@ -41,15 +42,24 @@ class Call(NamedTuple):
     lse_strides: tuple[int, ...]  # two, or none
     scalars: tuple[int | float, ...]  # behind the strides of softmax_lse; they follow from problem and strides
     constants: dict[str, Any]  # VEC, WIDE and what else does not follow from the problem
+    tiles: tuple[Tile, ...] = ()  # by which the kernel copies the first tensors, where it takes descriptors of them
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Tensors and descriptors of them, in the kernel's order."""
+        described = (tile.of(x, _matrix(x)) for tile, x in zip(self.tiles, self.tensors, strict=False))
+        return (*described, *self.tensors[len(self.tiles) :])
 
 
 class _Known:
     """A compiled kernel with everything its launch takes but what is new at each call."""
 
-    __slots__ = ("compiled", "index", "programs", "run", "function", "metadata", "tail", "stream_of")
+    __slots__ = ("compiled", "index", "programs", "run", "function", "metadata", "tail", "stream_of", "matrices")
 
-    def __init__(self, compiled: Any, index: int, programs: int, tail: tuple[Any, ...]) -> None:
+    def __init__(
+        self, compiled: Any, index: int, programs: int, tail: tuple[Any, ...], matrices: tuple[Matrix, ...]
+    ) -> None:
         self.compiled, self.index, self.programs, self.tail = compiled, index, programs, tail
+        self.matrices = matrices  # of the first arguments, which are descriptors
         self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
         self.stream_of = triton.runtime.driver.active.get_current_stream
 
@@ -71,12 +81,13 @@ class Launcher:
         #: Triton's hashes of the compiled kernels that were launched.
         self.compiled: set[str] = set()
 
-    def launch_known(self, key: tuple[Any, ...], fresh: list[int | None]) -> bool:
+    def launch_known(self, key: tuple[Any, ...], fresh: list[Any], totals: tuple[int, ...] = ()) -> bool:
         """Launch what :meth:`launch_new` remembered under ``key``; False if nothing was.
 
         Args:
             fresh: what is no part of the key: pointers, and strides of softmax_lse, which for varlen
                 follow from the total of the lengths.
+            totals: rows of the first pointers, where they follow from that total too.
         """
         known = self._known.get(key)
         if known is None:
@@ -84,7 +95,9 @@ class Launcher:
         index = known.index
         if index != _current_device():
             with torch.cuda.device(index):
-                return self.launch_known(key, fresh)
+                return self.launch_known(key, fresh, totals)
+        for n, (rows, cols, stride) in enumerate(known.matrices):
+            fresh[n] = Known(fresh[n], (totals[n] if totals else rows, cols), (stride, 1))
         programs, tail = known.programs, known.tail
         if _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls:
             # A profiler wants to see the launch: the way that calls its hooks.
@@ -113,7 +126,7 @@ class Launcher:
         # Triton launches on the current device, which need not be that of the tensors.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(), prebuilt.in_use():
             try:
-                compiled = kernel[(programs,)](*tensors, *call.lse_strides, *tail, **current.options)
+                compiled = kernel[(programs,)](*call.arguments(), *call.lse_strides, *tail, **current.options)
             except triton.OutOfResources as error:
                 raise current.too_large(error.name, error.limit, error.required) from error
         if not INTERPRET.value:
@@ -121,7 +134,8 @@ class Launcher:
             if key is not None:
                 if len(self._known) >= _KNOWN_MAX:
                     self._known.clear()
-                self._known[key] = _Known(compiled, device.index, programs, tail)
+                matrices = tuple(_matrix(x) for _, x in zip(call.tiles, tensors, strict=False))
+                self._known[key] = _Known(compiled, device.index, programs, tail, matrices)
 
     def kernel_of(self, current: Launchable) -> Any:
         """The Triton function of a plan's implementation."""
@@ -214,7 +228,19 @@ def new_call(
     scalars += _modifiers(current)
     if kernel != "probs":
         scalars.append(current.dropout_rescale)
-    return Call(current, current.blocks * problem.batch * heads, tensors, lse_strides, tuple(scalars), constants)
+    programs, tiles = current.blocks * problem.batch * heads, ()
+    if current.implementation == "gluon":
+        tiles = tuple(Tile(x.dtype, *tile) for x, tile in zip(strided, tile_rows(current.constants), strict=True))
+        # Programs take one tile after another; unequal ones the chip deals better, as programs become free.
+        programs = programs if problem.varlen else min(programs, virtual_device.arch_of(q.device).num_cus)
+    return Call(current, programs, tensors, lse_strides, tuple(scalars), constants, tiles)
+
+
+def _matrix(x: torch.Tensor | None) -> Matrix:
+    found = None if x is None else matrix_of(x)
+    if found is None:
+        raise ValueError(f"expected a tensor that is a matrix of heads, got strides {x and x.stride()}")
+    return found
 
 
 def pointers_of(tensors: Tensors) -> tuple[list[int | None], Any]:
@@ -263,12 +289,16 @@ def divisor_of_strides(strides: tuple[Strides, ...], itemsize: int) -> int:
 
 
 def is_plain_call(problem: AttentionProblem, strided: tuple[torch.Tensor, ...]) -> bool:
-    """Facts.plain of the config schema for a problem and its tensors, whose rows start at multiples of 16 bytes."""
+    """Facts.plain of the config schema for a problem and its tensors.
+
+    Their rows start at multiples of 16 bytes, and those that TMA copies, not over a K/V cache, are matrices to it.
+    """
     itemsize = problem.dtype.itemsize
     return (
         is_plain(problem)
         and all(x.data_ptr() % 16 == 0 for x in strided)
         and divisor_of_strides(tuple(map(strides_of, strided)), itemsize) * itemsize == 16
+        and (problem.cached or all(matrix_of(x) is not None for x in strided))
     )
 
 
@@ -340,7 +370,8 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
     configs = runtime.config_source()
     key = (problem, _strides_key(inputs), slopes is None or slopes.stride(), facts, configs)
     launcher = KERNELS["forward"]
-    if launcher.launch_known(key, [*pointers, *lse_strides]):
+    totals = (q.shape[0], k.shape[0], v.shape[0]) if problem.varlen else ()
+    if launcher.launch_known(key, [*pointers, *lse_strides], totals):
         return out, lse
     known_as, configs = settle("forward", problem, q.device, key, configs, is_plain_call(problem, (q, k, v)))
     launcher.launch_new(known_as, new_call("forward", problem, configs, tensors, (q, k, v), lse_strides, slopes))

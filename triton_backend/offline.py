@@ -21,6 +21,8 @@ from flash_rocm.runtime import Arch, ConfigSource
 
 from .cached import ATTEND, num_splits_of
 from .compile import Pointer, source_for, target_of
+from .descriptors import Tile
+from .forward_hopper import tile_rows
 from .launch import KERNELS
 from .plan import MAX_TILE_D, cache_kernel, cache_plan, is_plain, plan
 
@@ -69,11 +71,14 @@ def source_of(
     function = KERNELS[kernel].kernel_of(current)
     vec = math.gcd(16 // problem.dtype.itemsize, problem.headdim, problem.headdim_v)
     constants: dict[str, Any] = {**current.constants, "VEC": vec, "WIDE": wide, "HAS_DLSE": has_dlse}
-    pointers = {
+    pointers: dict[str, Pointer | Tile | None] = {
         name: None if _absent(name, problem, has_dlse) else Pointer(_POINTERS.get(name, problem.dtype))
         for name in function.arg_names
         if name.endswith("_ptr")
     }
+    if current.implementation == "gluon":
+        described = zip(("q_desc", "k_desc", "v_desc"), tile_rows(constants), strict=True)
+        pointers |= {name: Tile(problem.dtype, *tile) for name, tile in described}
     return source_for(arch, function, pointers, constants, current.options)
 
 

@@ -153,13 +153,12 @@ class Plan:
 
 #: Values of options that the Gluon kernels are written for.
 _GLUON_OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {
-    # One stage would wait for itself: keys are announced after the copy of the values behind them has begun.
     "forward": {
         "BLOCK_M": (128,),
         "BLOCK_N": (64, 128),
         "BLOCK_K": (0,),
         "num_warps": (4,),
-        "num_stages": (2, 3, 4),
+        "num_stages": (1, 2, 3, 4),
     },
     "mla": {"BLOCK_M": (64,), "BLOCK_N": (64,), "BLOCK_K": (0,), "num_warps": (4,)},
 }
@@ -221,12 +220,15 @@ def plan(
     }
     over_keys = kernel == "backward_dkdv"
     length, block = (problem.seqlen_k, entry.BLOCK_N) if over_keys else (problem.seqlen_q, entry.BLOCK_M)
+    blocks = -(-length // block)
+    if entry.implementation == "gluon" and constants["MASK_RIGHT"] and not constants["MASK_LEFT"]:
+        blocks = -(-blocks // 2)  # the Gluon forward takes pairs; over a K/V cache cache_plan counts again
     return Plan(
         kernel=kernel,
         config=entry,
         constants=constants,
         options=entry.compile_options(),
-        blocks=-(-length // block),
+        blocks=blocks,
         scale=scale / softcap if softcap > 0.0 else scale * LOG2E,
         softcap_log2=softcap * LOG2E,
         window_left=problem.window_left,
