@@ -19,8 +19,6 @@ from flash_rocm import backends, config, runtime, virtual_device
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
-_NVIDIA_ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
-
 
 class UsageError(Exception):
     """Wrong arguments; the text is the one line that the user sees."""
@@ -113,7 +111,7 @@ def info_lines() -> list[str]:
         lines += _device_lines(label, arch, request)
     lines.append("kernel configs")
     archs_of: dict[str, list[str]] = {}
-    for name in ("cpu", *backends.TRITON_AMD_ARCHS, *_NVIDIA_ARCHS):
+    for name in ("cpu", *backends.TRITON_AMD_ARCHS, *runtime.NVIDIA_ARCHS):
         archs_of.setdefault(_config_file(name), []).append(name)
     lines += [f"  {file}: {', '.join(names)}" for file, names in archs_of.items()]
     return lines

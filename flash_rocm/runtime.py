@@ -391,6 +391,9 @@ _PRODUCT_CUS = {
     "sm100": 148,
 }
 
+#: NVIDIA archs that ``info`` and reports name; others work too.
+NVIDIA_ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
+
 
 def arch_named(name: str, num_cus: int | None = None) -> Arch:
     """Describe an arch by name: "cpu", "gfx942" and the like, or "sm90" and the like.
