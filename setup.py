@@ -115,6 +115,6 @@ setup(
     version=version() + local,
     packages=packages,
     package_dir={"flash_rocm": "flash_rocm", **{name: folder for folder, name in EMBEDDED.items()}},
-    package_data={"flash_rocm._configs": ["*.json"], "flash_rocm._ck": ["csrc/*"]},
+    package_data={"flash_rocm": ["py.typed"], "flash_rocm._configs": ["*.json"], "flash_rocm._ck": ["csrc/*"]},
     **compiled,
 )

@@ -9,14 +9,17 @@ import importlib
 import inspect
 import pathlib
 import re
-import types
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flash_rocm
 from flash_rocm import backends, support, v3, variables
 
 HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "packaging"))
+import public_api  # noqa: E402
+
 _NOTE = "<!-- written by python docs/write.py, checked by the tests -->\n"
 
 # --------------------------------------------------------------------------------------------------
@@ -169,28 +172,8 @@ def arguments() -> str:
 # --------------------------------------------------------------------------------------------------
 # api.md
 
-#: Modules whose public names are documented, in order.
-MODULES = (
-    *("flash_rocm", "flash_rocm.v3", "flash_rocm.v3.attention", "flash_rocm.layers.rotary", "flash_rocm.layers.norm"),
-    *("flash_rocm.layers.cross_entropy", "flash_rocm.layers.activations", "flash_rocm.bert_padding"),
-    *("flash_rocm.modules.mha", "flash_rocm.modules.mlp", "flash_rocm.modules.block", "flash_rocm.modules.embedding"),
-    *("flash_rocm.dropin", "flash_rocm.integrations.transformers", "flash_rocm.testing"),
-)
-#: Documented where users import them from, not where they are defined too.
-_MODULE_TEXT_ONLY = ("flash_rocm.v3.attention",)
-
-
-def public(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
-    """Names of ``__all__``, or else the functions and classes that the module defines, with what they are."""
-    if module.__name__ in _MODULE_TEXT_ONLY:
-        return
-    listed = getattr(module, "__all__", None)
-    for name in listed or vars(module):
-        value = getattr(module, name)
-        if isinstance(value, types.ModuleType) or name.startswith("_") or not callable(value):
-            continue
-        if listed or getattr(value, "__module__", "") == module.__name__:
-            yield name, value
+#: Its text is about the functions that flash_rocm.v3 exports.
+_TEXT_OF = {"flash_rocm.v3": "flash_rocm.v3.attention"}
 
 
 def _text(docstring: str) -> str:
@@ -222,11 +205,11 @@ def _signature(name: str, value: Any) -> str:
 def api() -> str:
     """The API reference."""
     blocks = ["# API reference", _NOTE + "From the docstrings."]
-    for name in MODULES:
+    for name in public_api.MODULES:
         module = importlib.import_module(name)
         blocks.append(f"## {name}")
-        blocks.append(_text(inspect.getdoc(module) or ""))
-        for title, value in public(module):
+        blocks.append(_text(inspect.getdoc(importlib.import_module(_TEXT_OF.get(name, name))) or ""))
+        for title, value in public_api.public(module):
             blocks.append(f"### {name}.{title}")
             blocks.append(f"```python\n{_signature(title, value)}\n```")
             blocks.append(_text(inspect.getdoc(value) or ""))
