@@ -28,14 +28,18 @@ def needed(names: list[str]) -> dict[str, importlib.metadata.Distribution]:
 
 def create(folder: pathlib.Path, wheel: pathlib.Path | None, names: list[str]) -> pathlib.Path:
     """Python of a new environment; distributions come as links, for torch alone takes gigabytes."""
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
     site = pathlib.Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
-    for distribution in needed(names).values():
-        for name in {file.parts[0] for file in distribution.files or () if not file.parts[0].startswith("..")}:
-            source = pathlib.Path(str(distribution.locate_file(name)))
-            if source.exists() and not (site / name).exists():
-                (site / name).symlink_to(source)
+    for distribution in needed([*names, "pip"]).values():
+        files = distribution.files or []
+        places = {
+            site / file.parts[0]: distribution.locate_file(file.parts[0]) for file in files if file.parts[0] != ".."
+        }
+        places |= {folder / "bin" / file.name: file.locate() for file in files if file.parts[-2:-1] == ("bin",)}
+        for place, source in places.items():
+            if pathlib.Path(str(source)).exists() and not place.exists():
+                place.symlink_to(str(source))
     if wheel is not None:
         command = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)]
         subprocess.run(command, check=True)

@@ -117,7 +117,7 @@ def script(name: str, python: pathlib.Path, *arguments: object, **changes: str) 
     """Run a step as the Dockerfile does, with a Python that stands for the image's."""
     env = runtime.subprocess_environment(PYTHON=str(python), **changes)
     words = [str(SCRIPTS / name), *map(str, arguments)]
-    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    done = subprocess.run(words, env=env, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -62,14 +62,15 @@ def memory_svg(report: Report) -> str:
 
 def decode_svg(items: Sequence[Decode]) -> str:
     """Bandwidth over a K/V cache as SVG text: a group of bars for each point, and what a large sum reads."""
-    points = list(dict.fromkeys((item.batch, item.seqlen_k) for item in items if item.batch))
+    # What may be bound by arithmetic has no place among bandwidths.
+    drawn = [item for item in items if item.batch and item.seconds and not item.flops]
+    points = list(dict.fromkeys((item.batch, item.seqlen_k) for item in drawn))
+    names = dict.fromkeys(item.contender for item in drawn)
     bars = {
         name: {
-            points.index((item.batch, item.seqlen_k)): item.bandwidth / 1e12
-            for item in items
-            if item.contender == name and item.batch and item.seconds
+            points.index((item.batch, item.seqlen_k)): item.bandwidth / 1e12 for item in drawn if item.contender == name
         }
-        for name in dict.fromkeys(item.contender for item in items if item.batch)
+        for name in sorted(names, key=lambda name: not name.startswith(SUBJECT))
     }
     roofs = [item.bandwidth / 1e12 for item in items if item.contender == "read" and item.seconds]
     return _svg(_draw_bars([f"{batch} x {keys}" for batch, keys in points], bars, "TB/s", roofs, _figure()))
@@ -200,4 +201,6 @@ def _legend(figure: Any, axes: Any) -> None:
     for axis in axes.flat:
         lines, labels = axis.get_legend_handles_labels()
         handles.update(zip(labels, lines, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
+    widest = max(map(len, handles), default=0)
+    ncols = max(1, min(6, len(handles), int(14 * figure.get_figwidth() / (widest + 8))))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols, fontsize=8)
