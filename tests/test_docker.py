@@ -91,23 +91,22 @@ def test_what_is_copied_is_there(steps: list[dict[str, Any]]) -> None:
 
 
 def is_ignored(path: str) -> bool:
-    """Whether .dockerignore keeps a path out of the build; its patterns are about whole paths."""
-    parts = pathlib.PurePosixPath(path)
-    candidates = [str(parts), *(str(parent) for parent in parts.parents if str(parent) != ".")]
+    """Whether .dockerignore keeps a path, or a folder that it is in, out of the build; ** stands for any folders."""
+    whole = pathlib.PurePosixPath(path)
     return any(
-        fnmatch.fnmatch(candidate, pattern.removeprefix("**/")) or fnmatch.fnmatch(candidate, pattern)
-        for candidate in candidates
+        fnmatch.fnmatch(each.name if pattern.startswith("**/") else str(each), pattern.removeprefix("**/"))
+        for each in (whole, *whole.parents)
         for pattern in IGNORED
-    ) or any(pattern.startswith("**/") and pattern[3:] in parts.parts for pattern in IGNORED)
+    )
 
 
 def build_context(folder: pathlib.Path) -> pathlib.Path:
-    """What ``COPY . /src`` copies, of what git has or would add."""
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    found = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
-    names = found.stdout.splitlines() or [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+    """What ``COPY . /src`` copies."""
+    tops = [path for path in ROOT.iterdir() if not is_ignored(path.name)]
+    paths = [path for top in tops for path in (top.rglob("*") if top.is_dir() else [top]) if path.is_file()]
+    names = [path.relative_to(ROOT).as_posix() for path in paths]
     for name in names:
-        if not is_ignored(name) and (ROOT / name).is_file():
+        if not is_ignored(name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     return folder

@@ -16,6 +16,9 @@ import zipfile
 import clean_environment
 import pytest
 
+# Wheels are built once, not by every worker.
+pytestmark = pytest.mark.xdist_group("packaging")
+
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = ("flash_rocm", "triton_backend", "ck_backend", "configs", "third_party")
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
