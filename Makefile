@@ -70,7 +70,7 @@ test-virtual: $(VENV)/.test llvm aiter
 	$(PYTEST) -m "virtual" $(PYTEST_ARGS)
 
 ck: ck-library
-	FLASH_ROCM_TEST_CK=$(CK_CACHE) $(PYTEST) -m "ck" $(PYTEST_ARGS)
+	FLASH_ROCM_TEST_CK=$(CK_CACHE) FLASH_ROCM_TEST_CK_HOME="$(CK_HOME)" $(PYTEST) -m "ck" $(PYTEST_ARGS)
 
 ck-library: $(VENV)/.test ck-tools aiter
 	$(if $(CK_HOME),CK_HOME="$(CK_HOME)") $(BIN)/flash-rocm build --ck --arch $(CK_ARCHS) --instances "$(CK_INSTANCES)" \

@@ -52,6 +52,19 @@ def mount() -> None:
         spec.loader.exec_module(sys.modules[name])
 
 
+def local_version() -> str:
+    """What a wheel with the compiled library is called: "+ck.gfx90a.gfx942"."""
+    mount()
+    try:
+        from flash_rocm import runtime
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"FLASH_ROCM_BUILD=ck: {error}. Hint: pip install --no-build-isolation, beside torch."
+        ) from error
+    # A name that is no arch is the build's to refuse, which says what it expected.
+    return "+" + ".".join(["ck", *re.findall(r"[0-9a-z]+", " ".join(runtime.build_request().archs))])
+
+
 class BuildLibrary(build_ext):
     """Compiles the library of the ``ck`` back end instead of a module of Python's."""
 
@@ -92,8 +105,7 @@ for folder, name in EMBEDDED.items():
 compiled = {}
 local = ""
 if build_request() == "ck":
-    archs = os.environ.get("FLASH_ROCM_ARCHS") or os.environ.get("GPU_ARCHS") or ""
-    local = "+ck." + ".".join(re.findall(r"[0-9a-z]+", archs))
+    local = local_version()
     compiled = {
         "ext_modules": [Extension("flash_rocm._ck._C", [])],
         "cmdclass": {"build_ext": BuildLibrary, "bdist_wheel": ArchWheel},
@@ -103,6 +115,6 @@ setup(
     version=version() + local,
     packages=packages,
     package_dir={"flash_rocm": "flash_rocm", **{name: folder for folder, name in EMBEDDED.items()}},
-    package_data={"flash_rocm._configs": ["*.json"], "flash_rocm._ck": ["csrc/*"]},
+    package_data={"flash_rocm": ["py.typed"], "flash_rocm._configs": ["*.json"], "flash_rocm._ck": ["csrc/*"]},
     **compiled,
 )

@@ -156,8 +156,21 @@ def _arch_reasons(capability: Capability, arch: Arch) -> list[str]:
 
 def refusal_reasons(name: str, problem: AttentionProblem, arch: Arch) -> list[str]:
     """Every reason why a back end does not run this problem on this arch; empty if it does."""
-    capability = CAPABILITIES[name]
-    reasons = availability_reasons(name, arch)
+    reasons = availability_reasons(name, arch) + _problem_reasons(name, problem)
+    if name == "ck":
+        # Which instance is missing is of interest only where one could help.
+        reasons += ck_instances.refusals(problem, arch.name, None if reasons else ck_instances.built())
+    return reasons
+
+
+def incapacities(name: str, problem: AttentionProblem, arch: Arch) -> list[str]:
+    """The reasons that no installation or build removes."""
+    own = ck_instances.refusals(problem, arch.name, None) if name == "ck" else []
+    return _arch_reasons(CAPABILITIES[name], arch) + _problem_reasons(name, problem) + own
+
+
+def _problem_reasons(name: str, problem: AttentionProblem) -> list[str]:
+    capability, reasons = CAPABILITIES[name], []
     if problem.dtype not in capability.dtypes:
         names = sorted(str(dtype).removeprefix("torch.") for dtype in capability.dtypes)
         reasons.append(f"dtype {str(problem.dtype).removeprefix('torch.')} is not one of {', '.join(names)}")
@@ -170,11 +183,7 @@ def refusal_reasons(name: str, problem: AttentionProblem, arch: Arch) -> list[st
             for feature in sorted(problem.features() & {"qv", "rotary"})
         ]
     lacks = sorted(problem.features() - capability.features)
-    reasons += [f"{feature} is not implemented" for feature in lacks]
-    if name == "ck":
-        # Which instance is missing is of interest only where one could help.
-        reasons += ck_instances.refusals(problem, arch.name, None if reasons else ck_instances.built())
-    return reasons
+    return reasons + [f"{feature} is not implemented" for feature in lacks]
 
 
 @functools.lru_cache(maxsize=4096)

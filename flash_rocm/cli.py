@@ -7,7 +7,6 @@ kernel breaks its limits), 2 wrong arguments, told in one line.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,11 +14,9 @@ from typing import Any
 import torch
 
 import flash_rocm
-from flash_rocm import backends, config, runtime, virtual_device
+from flash_rocm import info, runtime, virtual_device
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-
-_NVIDIA_ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 
 
 class UsageError(Exception):
@@ -47,7 +44,7 @@ def _build_parser(command: str) -> tuple[_Parser, Callable[[argparse.Namespace],
     parser = _Parser(prog="flash-rocm", description="FlashAttention for AMD GPUs first.")
     parser.add_argument("--version", action="version", version=f"flash-rocm {flash_rocm.__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("info", help="versions, devices, environment, back ends")
+    about = commands.add_parser("info", help="versions, devices, environment, back ends and what they support")
     explain = commands.add_parser("explain", help="which back end a call takes, and why the others do not")
     demo = commands.add_parser("demo", help="a pretrained sentence encoder with its attention run by flash_rocm")
     bench = commands.add_parser("bench", help="speed and memory against the peers that are installed")
@@ -82,93 +79,8 @@ def _build_parser(command: str) -> tuple[_Parser, Callable[[argparse.Namespace],
 
         inspect_cli.add_arguments(inspect)
         return parser, inspect_cli.run
-    return parser, _info
-
-
-# --------------------------------------------------------------------------------------------------
-# info
-
-
-def _info(args: argparse.Namespace) -> int:
-    print("\n".join(info_lines()))
-    return 0
-
-
-def info_lines() -> list[str]:
-    """The report of ``flash-rocm info``.  Needs neither a GPU nor Triton."""
-    lines = ["versions"]
-    lines += [f"  {name:<12} {version}" for name, version in _versions()]
-    lines.append("environment")
-    variables = runtime.environment_report()
-    lines += [f"  {name}={value}" + (f"   ({note})" if note else "") for name, value, note in variables]
-    if not variables:
-        lines.append("  nothing set")
-    request, virtual = "auto", None
-    try:
-        request = runtime.requested_backend()
-        virtual = virtual_device.active()
-    except ValueError as error:
-        lines.append(f"  error: {error}")
-    for label, arch in _devices(virtual):
-        lines += _device_lines(label, arch, request)
-    lines.append("kernel configs")
-    archs_of: dict[str, list[str]] = {}
-    for name in ("cpu", *backends.TRITON_AMD_ARCHS, *_NVIDIA_ARCHS):
-        archs_of.setdefault(_config_file(name), []).append(name)
-    lines += [f"  {file}: {', '.join(names)}" for file, names in archs_of.items()]
-    return lines
-
-
-def _config_file(arch: str) -> str:
-    """Name of the file an arch takes its kernel configs from."""
-    try:
-        source = runtime.config_source()
-        return f"{config.arch_configs(arch, source.folder if source else None).arch}.json"
-    except config.ConfigError as error:
-        return f"error, {error}"
-
-
-def _versions() -> list[tuple[str, str]]:
-    gpu = "none: a CPU build of torch"
-    if torch.version.hip:
-        gpu = f"HIP {torch.version.hip}"
-    elif torch.version.cuda:
-        gpu = f"CUDA {torch.version.cuda}"
-    return [
-        ("flash_rocm", flash_rocm.__version__),
-        ("python", platform.python_version()),
-        ("torch", torch.__version__),
-        ("triton", runtime.triton_version() or "not installed"),
-        ("GPU runtime", gpu),
-    ]
-
-
-def _devices(virtual: virtual_device.VirtualDevice | None) -> list[tuple[str, runtime.Arch]]:
-    found = [("cpu, executing AMD machine code", runtime.arch_named(virtual.arch)) if virtual else ("cpu", runtime.CPU)]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            label = f"cuda:{index} {torch.cuda.get_device_name(index)}"
-            found.append((label, virtual_device.arch_of(torch.device("cuda", index))))
-    return found
-
-
-def _device_lines(label: str, arch: runtime.Arch, request: str) -> list[str]:
-    facts = "" if arch == runtime.CPU else f": {arch.name}, {arch.num_cus} CUs, {arch.num_xcds} XCDs"
-    lines = [f"device {label}{facts}"]
-    reasons = {name: backends.availability_reasons(name, arch) for name in backends.CAPABILITIES}
-    for name, why_not in reasons.items():
-        lines.append(f"  {name:<10} {'no: ' + '; '.join(why_not) if why_not else 'available'}")
-    order = backends.AUTO_ORDER[arch.vendor]
-    chosen = next((name for name in order if not reasons[name]), None)
-    candidates = ", ".join(order)
-    if chosen:
-        lines.append(f"  auto       {chosen}: the first of ({candidates}) that is available and accepts the call")
-    else:
-        lines.append(f"  auto       nothing: none of ({candidates}) is available")
-    lines.append(f"  configs    {_config_file(arch.name)}")
-    if request != "auto":
-        lines.append(f"  requested  {request}: " + ("not available, calls raise" if reasons[request] else "used"))
-    return lines
+    info.add_arguments(about)
+    return parser, info.run
 
 
 # --------------------------------------------------------------------------------------------------
@@ -243,7 +155,7 @@ def _explain(args: argparse.Namespace) -> int:
         call |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
         call |= {"max_seqlen_q": seqlen_q, "max_seqlen_k": seqlen_k}
     try:
-        call["arch"] = args.arch or _devices(virtual_device.active())[-1][1]
+        call["arch"] = args.arch or info.devices(virtual_device.active())[-1][1]
         with runtime.use_backend(args.backend or runtime.requested_backend()):
             found = flash_rocm.explain(
                 make(seqlen_q, nheads, headdim),

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from flash_rocm import variables
 from flash_rocm.config_schema import ConfigError
 
 BACKEND_NAMES = ("ck", "triton", "reference")
@@ -251,37 +252,11 @@ def triton_interpret() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-#: Variables that this version reads.
-_VARIABLES = (
-    "CK_HOME",
-    "FLASH_ROCM_ARCHS",
-    "FLASH_ROCM_AUTOTUNE",
-    "FLASH_ROCM_BACKEND",
-    "FLASH_ROCM_CACHE_DIR",
-    "FLASH_ROCM_CONFIG_DIR",
-    "FLASH_ROCM_DEBUG",
-    "FLASH_ROCM_INSTANCES",
-    "FLASH_ROCM_KERNEL_CONFIG",
-    "FLASH_ROCM_LOG",
-    "FLASH_ROCM_VIRTUAL_GPU",
-    "FLASH_ATTENTION_TRITON_AMD_AUTOTUNE",
-    "FLASH_ATTENTION_TRITON_AMD_ENABLE",
-    "FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON",
-    "GPU_ARCHS",
-    "MAX_JOBS",
-    "ROCM_HOME",
-    "TRITON_INTERPRET",
-    "XDG_CACHE_HOME",
-)
-#: Variables of the driver and of torch that decide which devices are seen.
-_DEVICE_VARIABLES = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION")
-
-
 def environment_report() -> list[tuple[str, str, str]]:
     """(name, value, note) of every variable that is set and matters, for ``flash-rocm info``."""
     groups = (
-        (_VARIABLES, ""),
-        (_DEVICE_VARIABLES, "read by the driver"),
+        ({**variables.RUN, **variables.BUILD}, ""),
+        (variables.DEVICES, "read by the driver"),
     )
     return [(name, os.environ[name], note) for names, note in groups for name in names if name in os.environ]
 
@@ -390,6 +365,9 @@ _PRODUCT_CUS = {
     "sm90": 132,
     "sm100": 148,
 }
+
+#: NVIDIA archs that ``info`` and reports name; others work too.
+NVIDIA_ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
 
 
 def arch_named(name: str, num_cus: int | None = None) -> Arch:

@@ -12,7 +12,7 @@ import torch
 from calls import device, fresh_dynamo, received  # noqa: F401, fixtures of several files
 from ck_library import NO_LIBRARY, cache_of_tests
 
-from flash_rocm import runtime
+from flash_rocm import variables
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _CASE = "attention_case"
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _clean_environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the developer has set does not decide which back end a test takes; ck tests find their library."""
-    for name in set(runtime._VARIABLES) - {"TRITON_INTERPRET"}:
+    for name in {**variables.RUN, **variables.BUILD}.keys() - {"TRITON_INTERPRET"}:
         monkeypatch.delenv(name, raising=False)
     if request.node.get_closest_marker("ck") and (cache := cache_of_tests()):
         monkeypatch.setenv("FLASH_ROCM_CACHE_DIR", str(cache))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 import flash_rocm
-from flash_rocm import backends, cli, runtime
+from flash_rocm import backends, cli, runtime, support
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -29,12 +30,28 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert "device cpu" in out
     assert "requested  reference: used" in out
     assert "gfx942.json" in out
-    device_lines = out[out.index("device cpu") :].splitlines()
+    device_lines = out[out.index("device cpu") : out.index("kernel configs")].splitlines()
     for name in backends.CAPABILITIES:
         reasons = backends.availability_reasons(name, runtime.CPU)
         (line,) = (line for line in device_lines if line.split()[:1] == [name])
         assert all(reason in line for reason in reasons)
         assert ("available" in line) == (not reasons)
+
+
+def test_info_shows_what_back_ends_support(capsys: pytest.CaptureFixture[str]) -> None:
+    _, text, _ = run(capsys, "info")
+    status, out, _ = run(capsys, "info", "--format", "json")
+    assert status == 0
+    found = json.loads(out)
+    (_, *names), *rows = support.table()
+    assert found["support"] == {label: dict(zip(names, cells, strict=True)) for label, *cells in rows}
+    assert {"versions", "environment", "errors", "devices", "configs"} <= set(found)
+    assert found["devices"][0]["backends"]["reference"] == [] and found["devices"][0]["auto"] == "reference"
+    lines = text[text.index("\nsupport") :].splitlines()
+    for label, *cells in rows[3:]:
+        assert any(line.split() == [*label.split(), *cells] for line in lines), label
+    for name, cells in zip(names, zip(*(cells for _, *cells in rows[:3]), strict=True), strict=True):
+        assert f"  {name:<10} {cells[0]}; {cells[1]}; head dims {cells[2]}" in lines
 
 
 def test_info_survives_a_wrong_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import Any
 
@@ -113,10 +114,20 @@ def test_other_kernels_over_a_cache(
     assert found.cycles["memory"] > cache_bytes / (5300 / 2.1 / 304)
 
 
+def test_command_prints_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the reports; bench --report reads it (tests/test_report.py)."""
+    made = model.Prediction({"matrix": 9.0, "memory": 3.0}, 2, 1e9, 100.0, 200.0)
+    monkeypatch.setattr(model, "predict_cases", lambda cases: dict.fromkeys(cases, made))
+    base = ["inspect", "--arch", "gfx942", "--dtype", "bf16", "--headdim", "64", "--mask", "full"]
+    assert cli.main([*base, "--kernel", "forward", "--model", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["environment"]) == {"flash_rocm", "triton"}
+    (item,) = found["modelled"]
+    assert (item["kernel"], item["tflops"], item["binding"]) == ("forward", 100.0, "matrix")
+
+
 def test_command_refuses_what_it_cannot_model(capsys: pytest.CaptureFixture[str]) -> None:
     base = ["inspect", "--arch", "gfx942", "--dtype", "bf16", "--headdim", "64", "--mask", "full", "--model"]
-    assert cli.main([*base, "--format", "json", "--kernel", "forward"]) == 2
-    assert "--model: expected without --format json" in capsys.readouterr().err
     assert cli.main([*base, "--kernel", "probs"]) == 2
     assert "kernel: the speed model expects one of forward" in capsys.readouterr().err
     with pytest.raises(ValueError, match="arch: expected one of gfx90a"):

@@ -9,10 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 import zipfile
 
+import clean_environment
 import pytest
+
+# Wheels are built once, not by every worker.
+pytestmark = pytest.mark.xdist_group("packaging")
 
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = ("flash_rocm", "triton_backend", "ck_backend", "configs", "third_party")
@@ -148,6 +153,170 @@ def run(code: str, path: pathlib.Path, **variables: str) -> str:
     )
     assert child.returncode == 0, child.stdout + child.stderr
     return child.stdout
+
+
+@pytest.fixture(scope="module")
+def from_sdist(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The wheel that the source distribution gives."""
+    source, out = copy_of_tree(tmp_path_factory.mktemp("tree")), tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
+    built = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (archive,) = out.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(out, filter="data")
+    return build_wheel(out / archive.name.removesuffix(".tar.gz"), tmp_path_factory.mktemp("from_sdist"), {})
+
+
+@pytest.fixture(scope="module")
+def clean_python(from_sdist: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Python of an environment in which that wheel was installed beside torch, numpy and mypy."""
+    return clean_environment.create(tmp_path_factory.mktemp("clean") / "venv", from_sdist, ["torch", "numpy", "mypy"])
+
+
+def test_the_source_distribution_gives_the_same_wheel(from_sdist: pathlib.Path, wheel: pathlib.Path) -> None:
+    contents = []
+    for path in (from_sdist, wheel):
+        with zipfile.ZipFile(path) as archive:
+            contents.append({name: archive.read(name) for name in archive.namelist() if not name.endswith("/RECORD")})
+    assert contents[0] == contents[1]
+    assert "flash_rocm/py.typed" in contents[0]
+
+
+def test_a_clean_environment(clean_python: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """It installs, lacks nothing, and both the package and the command work there."""
+    check = subprocess.run([clean_python, "-m", "pip", "check"], capture_output=True, text=True, cwd=tmp_path)
+    assert check.returncode == 0 and "No broken requirements" in check.stdout, check.stdout
+    code = (
+        "import torch, flash_rocm as f; q = torch.ones(1, 5, 2, 8); print(f.__file__, f.flash_attn_func(q, q, q).shape)"
+    )
+    child = subprocess.run([clean_python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert str(clean_python.parent.parent) in child.stdout and "torch.Size([1, 5, 2, 8])" in child.stdout, child.stderr
+    command = subprocess.run([clean_python.parent / "flash-rocm", "info"], capture_output=True, text=True, cwd=tmp_path)
+    assert command.returncode == 0 and "reference  available" in command.stdout, command.stderr
+
+
+CONSUMER = """
+import torch
+from typing_extensions import assert_type
+
+import flash_rocm
+from flash_rocm import v3
+
+q = torch.randn(1, 5, 2, 8)
+assert_type(flash_rocm.explain(q, q, q), flash_rocm.backends.Explanation)
+with flash_rocm.use_backend("reference"):
+    out = flash_rocm.flash_attn_func(q, q, q, causal=True, window_size=(3, 0))
+v3.flash_attn_func(q, q, q, softcap=1.0)
+"""
+#: What a type checker must find in it.
+MISTAKES = {
+    'flash_rocm.flash_attn_func(q, q, q, causal="yes")': "arg-type",
+    "flash_rocm.flash_attn_func(q, q, q, no_such=1)": "call-arg",
+    "v3.flash_attn_func(q, q)": "call-arg",
+}
+
+
+def test_type_hints_reach_callers(clean_python: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """mypy, with the installed package, on code that uses it."""
+    (tmp_path / "consumer.py").write_text(CONSUMER + "\n".join(MISTAKES) + "\n")
+    # torch's own source takes long to read, and is not the question.
+    config = "[mypy]\nstrict = True\nfollow_imports = silent\n[mypy-torch.*]\nfollow_imports = skip\n"
+    (tmp_path / "mypy.ini").write_text(config)
+    command = [clean_python, "-m", "mypy", "--config-file", "mypy.ini", "consumer.py"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stdout.splitlines()
+    first = len(CONSUMER.splitlines()) + 1
+    expected = [(first + index, code) for index, code in enumerate(MISTAKES.values())]
+    errors = [re.match(r"consumer\.py:(\d+): error: .*\[(.*)\]$", line) for line in found]
+    assert [(int(error[1]), error[2]) for error in errors if error] == expected, found
+
+
+def test_the_changelog_is_about_this_version() -> None:
+    text, version = (ROOT / "CHANGELOG.md").read_text(), re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)
+    headings = re.findall(r"^## (\S+?),? .+$", text, re.MULTILINE)
+    current = version.search((ROOT / "flash_rocm" / "__init__.py").read_text())
+    assert current is not None and headings[0] == current[1]
+
+
+def test_named_extras_exist() -> None:
+    """README, docs and messages name extras that there are."""
+    wanted = re.search(
+        r"\[project.optional-dependencies\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.DOTALL
+    )
+    assert wanted is not None
+    extras = set(re.findall(r"^(\w+) = \[", wanted[1], re.MULTILINE))
+    paths = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md"), *(ROOT / "flash_rocm").rglob("*.py")]
+    named = {
+        name
+        for path in paths
+        for group in re.findall(r"flash_rocm\[([\w,]+)\]", path.read_text())
+        for name in group.split(",")
+    }
+    assert named and named <= extras
+
+
+@pytest.fixture(scope="module")
+def hf_kernel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The repository folder for Hugging Face's kernels."""
+    out = tmp_path_factory.mktemp("hf") / "kernel"
+    command = [sys.executable, ROOT / "packaging" / "hf_kernel.py", out]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and "OUT: expected an empty or new folder" in again.stderr
+    return out
+
+
+USE_KERNEL = """
+import pathlib, sys, kernels, torch
+kernel = kernels.get_local_kernel(pathlib.Path(sys.argv[1]))
+q = torch.randn(1, 5, 2, 8, requires_grad=True)
+out = kernel.flash_attn_func(q, q, q, causal=True)
+out.sum().backward()
+expected = torch.nn.functional.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3, is_causal=True).transpose(1, 2)
+torch.testing.assert_close(out, expected)
+import flash_rocm
+print(kernel.__name__, flash_rocm.__file__, kernel.explain(q, q, q).backend, kernel.v3.flash_attn_func(q, q, q).shape)
+"""
+
+
+def test_hugging_face_kernels_load_it(hf_kernel: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """From the folder, where no flash_rocm is installed; nothing is fetched."""
+    python = clean_environment.create(tmp_path / "venv", None, ["torch", "numpy", "kernels"])
+    command = [python, "-c", USE_KERNEL, hf_kernel]
+    child = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert child.returncode == 0, child.stderr
+    name, file, backend, *_ = child.stdout.split()
+    assert (name, backend) == ("flash_rocm_1_universal", "reference")
+    assert file == str(hf_kernel / "build/torch-universal/flash_rocm/package/flash_rocm/__init__.py")
+    metadata = json.loads((hf_kernel / "build" / "torch-universal" / "metadata.json").read_text())
+    build = kernels_build(hf_kernel)
+    assert metadata["name"] == "flash-rocm" and {str(each).lower() for each in build} >= {"cpu", "cuda", "rocm"}
+
+
+def kernels_build(folder: pathlib.Path) -> list[object]:
+    """Back ends of build.toml, as the builder's own parser reads them."""
+    from kernels._rust import Build
+
+    return list(Build.open(folder).general.backends)
+
+
+def test_a_kernel_beside_another_version_refuses(hf_kernel: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    package = tmp_path / "flash_rocm"
+    package.mkdir()
+    (package / "__init__.py").write_text('__version__ = "0.0.1"\n__all__ = []\n')
+    init = hf_kernel / "build" / "torch-universal" / "flash_rocm" / "__init__.py"
+    child = subprocess.run(
+        [sys.executable, "-c", f"import runpy; runpy.run_path({str(init)!r})"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert child.returncode == 1
+    assert "flash_rocm: expected version 0.1.0, as this kernel has, got 0.0.1, which is installed" in child.stderr
 
 
 def test_only_one_top_level_name(wheel: pathlib.Path) -> None:

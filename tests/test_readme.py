@@ -11,73 +11,17 @@ import re
 import pytest
 import torch
 
-from flash_rocm import backends, runtime
+from flash_rocm import backends, support
 from flash_rocm.problem import FEATURES
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 TABLE = re.compile(r"(<!-- support table:[^\n]*-->\n).*?(<!-- end of support table -->)", re.DOTALL)
 
-#: What a feature is called in the table, in its order.
-NAMES = {
-    "backward": "backward",
-    "varlen": "varlen",
-    "causal": "causal",
-    "window": "sliding window",
-    "gqa": "GQA, MQA",
-    "headdim_v": "head dim of v differs",
-    "softcap": "softcap",
-    "alibi": "ALiBi",
-    "sinks": "attention sinks",
-    "dropout": "dropout",
-    "deterministic": "deterministic",
-    "kvcache": "K/V cache, split keys (forward, as all that follows)",
-    "paged": "pages of any size",
-    "append": "append",
-    "rotary": "rotary embedding",
-    "cache_batch_idx": "cache_batch_idx",
-    "leftpad": "left padding",
-    "qv": "qv (MLA)",
-    "attention_chunk": "attention_chunk",
-}
-DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-
-
-def devices(capability: backends.Capability) -> str:
-    if not capability.archs and not capability.minimum_sm:
-        return "any device of torch"
-    parts = [f"AMD {', '.join(capability.archs)}"]
-    if capability.minimum_sm:
-        parts.append(f"NVIDIA sm{capability.minimum_sm} and newer")
-    return "; ".join(parts)
-
-
-#: What a back end has no backward of.
-FORWARD_ONLY = {("ck", "softcap")}
-
-
-def has(capability: backends.Capability, feature: str) -> str:
-    if feature not in capability.features:
-        return "no"
-    return "forward" if (capability.name, feature) in FORWARD_ONLY else "yes"
-
-
-def cells(capability: backends.Capability) -> list[str]:
-    """Column of one back end."""
-    largest = f"1 to {capability.max_headdim}, {capability.max_headdim_cached} over a K/V cache"
-    if capability.max_headdim >= 1 << 20:
-        largest = "any"
-    elif not capability.max_headdim_cached:
-        largest = f"multiples of 8 up to {capability.max_headdim}"
-    dtypes = ", ".join(name for dtype, name in DTYPES.items() if dtype in capability.dtypes)
-    return [devices(capability), dtypes, largest, *(has(capability, name) for name in NAMES)]
-
 
 def support_table() -> str:
     """The Markdown table that README must hold."""
-    rows = [["", *(f"`{name}`" for name in backends.CAPABILITIES)], ["---"] * (1 + len(backends.CAPABILITIES))]
-    columns = [cells(capability) for capability in backends.CAPABILITIES.values()]
-    labels = ["devices", "dtypes", "head dims", *NAMES.values()]
-    rows += [[label, *values] for label, *values in zip(labels, *columns, strict=True)]
+    (corner, *names), *rows = support.table()
+    rows = [[corner, *(f"`{name}`" for name in names)], ["---"] * (1 + len(names)), *rows]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -87,8 +31,23 @@ def written(text: str) -> str:
 
 
 def test_every_feature_has_a_row() -> None:
-    assert set(NAMES) == set(FEATURES)
-    assert {dtype for capability in backends.CAPABILITIES.values() for dtype in capability.dtypes} == set(DTYPES)
+    assert set(support.FEATURE_NAMES) == set(FEATURES)
+    dtypes = {dtype for capability in backends.CAPABILITIES.values() for dtype in capability.dtypes}
+    assert dtypes == set(support.DTYPE_NAMES)
+
+
+@pytest.mark.parametrize("feature", sorted(FEATURES))
+def test_cells_are_what_the_feature_alone_gives(feature: str) -> None:
+    """The call behind a row uses that feature and no other but those it needs."""
+    used = support.problem_with(feature).features()
+    assert feature in used and used <= {feature, "kvcache", *({"headdim_v"} if feature == "qv" else ())}
+    for name, capability in backends.CAPABILITIES.items():
+        assert (support.answer(name, feature) == "no") == (feature not in capability.features)
+
+
+def test_what_has_no_backward() -> None:
+    answers = {(name, feature): support.answer(name, feature) for name in backends.CAPABILITIES for feature in FEATURES}
+    assert {key for key, answer in answers.items() if answer == "forward"} == {("ck", "softcap")}
 
 
 def test_support_table() -> None:
@@ -101,11 +60,6 @@ def test_order_of_auto() -> None:
     text = " ".join(README.read_text().split())
     assert backends.AUTO_ORDER == {"amd": ("ck", "triton"), "nvidia": ("triton",), "cpu": ("reference",)}
     assert "on AMD GPUs `ck`, then `triton`; on NVIDIA GPUs `triton`; for CPU tensors `reference`" in text
-
-
-def test_every_variable_that_is_read_is_described() -> None:
-    for name in runtime._VARIABLES:
-        assert f"| `{name}` |" in README.read_text()
 
 
 def test_example_runs(capsys: pytest.CaptureFixture[str]) -> None:

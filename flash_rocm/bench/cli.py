@@ -11,7 +11,7 @@ import sys
 import torch
 
 from flash_rocm import files
-from flash_rocm.bench import decode, environment, grid, memory, overhead, peers, plot, shapes
+from flash_rocm.bench import decode, environment, grid, memory, overhead, page, peers, plot, results, shapes
 from flash_rocm.bench.progress import Progress
 from flash_rocm.bench.report import Report
 
@@ -55,6 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=pathlib.Path, metavar="FILE", help="every round, written as it goes")
     output.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="PNG; needs matplotlib")
+    output.add_argument(
+        "--report", type=pathlib.Path, metavar="DIR", help="write an HTML page, DIR/index.html; needs matplotlib"
+    )
+    output.add_argument(
+        "--results",
+        type=pathlib.Path,
+        nargs="+",
+        metavar="PATH",
+        help="with --report: measure nothing, show these JSON files of bench and inspect --model, or folders of them",
+    )
 
 
 def _positive(text: str) -> int:
@@ -66,6 +76,10 @@ def _positive(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; returns the exit status."""
     try:
+        _check_report(args)
+        if args.results:
+            _write_page(args, results.collect(args.results))
+            return 0
         if args.decode:
             return _decode(args)
         report = _measure(args)
@@ -77,10 +91,29 @@ def run(args: argparse.Namespace) -> int:
         print(f"\nwrote {args.json}")
     if args.plot:
         _plot(report, args.plot)
+    if args.report:
+        _write_page(args, [results.Results("this run", report)])
     statuses = {result.status for result in report.speed if result.peer == peers.SUBJECT}
     statuses |= {peak.status for peak in report.memory if peak.peer == peers.SUBJECT}
     statuses |= {item.status for item in report.overhead if item.peer == peers.SUBJECT}
     return 1 if {"wrong", "error"} & statuses else 0
+
+
+def _check_report(args: argparse.Namespace) -> None:
+    """Before anything is measured."""
+    if args.results and not args.report:
+        raise ValueError("--results: expected --report DIR beside it, got none.")
+    if args.report and not plot.available():
+        raise ValueError(f"--report: expected matplotlib. Hint: {plot.HINT}.")
+    if args.report and args.report.exists() and not args.report.is_dir():
+        raise ValueError(f"--report: expected a folder, got the file {args.report}.")
+
+
+def _write_page(args: argparse.Namespace, shown: list[results.Results]) -> None:
+    text, path = page.page(shown), args.report / "index.html"
+    args.report.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"wrote {path}")
 
 
 def _decode(args: argparse.Namespace) -> int:
@@ -90,16 +123,19 @@ def _decode(args: argparse.Namespace) -> int:
         raise ValueError(f"--decode: expected a GPU, got {device}.")
     if args.speed or args.memory or args.overhead or args.plot:
         raise ValueError("--decode: expected none of --speed, --memory, --overhead and --plot beside it.")
-    dtype, results = shapes.DTYPES[args.dtype], []
+    dtype, found = shapes.DTYPES[args.dtype], []
     rounds = args.rounds or _DECODE_ROUNDS
     measured = decode.run(rounds, dtype, device, quick=args.preset == "quick")
     for item in itertools.chain(measured, decode.run_mla(rounds, dtype, device)):
-        results.append(item)
+        found.append(item)
         if args.json:
-            record = {"environment": environment.describe(device), "decode": [each.to_json() for each in results]}
+            record = {"environment": environment.describe(device), "decode": [each.to_json() for each in found]}
             files.write_whole(args.json, json.dumps(record, indent=1))
-    print(decode.text(results), decode.mla_text(results), sep="\n\n")
-    return 1 if any(item.status != "ok" for item in results if item.contender.startswith(peers.SUBJECT)) else 0
+    print(decode.text(found), decode.mla_text(found), sep="\n\n")
+    if args.report:
+        shown = Report(environment.describe(device), {}, {})
+        _write_page(args, [results.Results("this run", shown, found)])
+    return 1 if any(item.status != "ok" for item in found if item.contender.startswith(peers.SUBJECT)) else 0
 
 
 def _plot(report: Report, path: pathlib.Path) -> None:

@@ -20,6 +20,9 @@ _DISTRIBUTIONS = {
     "flash-attn-4": ("flash-attn-4",),
 }
 
+#: Keys that :func:`headline` shows.
+HEADLINE = ("device", "arch", "torch", "cuda", "hip", "cudnn", "triton", "flash_rocm", "date")
+
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Versions, device, date and the back end asked for; JSON values only."""

@@ -48,14 +48,6 @@ class Result:
         record["tflops"] = self.tflops
         return record
 
-    @staticmethod
-    def from_json(record: dict[str, Any]) -> Result:
-        fields = {field.name: record[field.name] for field in dataclasses.fields(Result)}
-        fields["shape"] = Shape(**fields["shape"])
-        fields["seconds"] = tuple(fields["seconds"])
-        fields["errors"] = {name: tuple(pair) for name, pair in fields["errors"].items()}
-        return Result(**fields)
-
 
 def steps_per_shape(peers: Sequence[Peer], directions: Sequence[str], rounds: int) -> int:
     """Ticks that :func:`run_shape` gives at most."""

@@ -37,10 +37,6 @@ class Peak:
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    @staticmethod
-    def from_json(record: dict[str, Any]) -> Peak:
-        return Peak(**{**record, "shape": Shape(**record["shape"])})
-
 
 def shapes_of(seqlens: Sequence[int], dtype: str, causal: bool, device: torch.device) -> list[Shape]:
     """Batch 1, head dim 64, 16 heads (2 on the CPU)."""

@@ -47,13 +47,6 @@ class Overhead:
         record["median_seconds"] = median(self.seconds) if self.seconds else None
         return record
 
-    @staticmethod
-    def from_json(record: dict[str, Any]) -> Overhead:
-        fields = {field.name: record[field.name] for field in dataclasses.fields(Overhead)}
-        fields["shape"] = Shape(**fields["shape"])
-        fields["seconds"], fields["wait_seconds"] = tuple(fields["seconds"]), tuple(fields["wait_seconds"])
-        return Overhead(**fields)
-
 
 def small_shape(dtype: str, device: torch.device) -> Shape:
     """Batch 1, 8 heads, seqlen 128, head dim 64, full mask."""

@@ -7,6 +7,7 @@ import json
 import pathlib
 from typing import Any
 
+from flash_rocm.bench import records
 from flash_rocm.bench.environment import headline
 from flash_rocm.bench.grid import Result
 from flash_rocm.bench.memory import Peak
@@ -47,21 +48,25 @@ class Report:
         partial.replace(path)
 
     @staticmethod
-    def from_json(record: dict[str, Any]) -> Report:
+    def from_json(record: Any, where: str = "record") -> Report:
         """What :meth:`to_json` gave, to print or plot it elsewhere.
 
+        Args:
+            where: names the record in errors, such as the file that it is from.
+
         Raises:
-            ValueError: the record is of another kind.
+            RecordError: the record is of another kind; the text names the key.
         """
-        if record.get("schema") != SCHEMA:
-            raise ValueError(f"record: expected results of schema {SCHEMA}, got {record.get('schema')}.")
+        schema = records.member(where, record, "schema")
+        if schema != SCHEMA:
+            raise records.RecordError(f"{where}.schema: expected {SCHEMA}, got {schema!r}.")
         return Report(
-            record["environment"],
-            record["settings"],
-            record["unavailable"],
-            [Result.from_json(item) for item in record["speed"]],
-            [Peak.from_json(item) for item in record["memory"]],
-            [Overhead.from_json(item) for item in record["overhead"]],
+            records.member(where, record, "environment"),
+            records.member(where, record, "settings"),
+            records.member(where, record, "unavailable"),
+            records.items(where, record, "speed", Result),
+            records.items(where, record, "memory", Peak),
+            records.items(where, record, "overhead", Overhead),
         )
 
     def text(self) -> str:

@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         action="store_true",
         help="also execute a launch of each kernel on the virtual GPU and predict TFLOP/s and what binds it "
-        "(modelled, uncalibrated; seconds a kernel)",
+        "(modelled, uncalibrated; seconds a kernel); with --format json only that is printed",
     )
     add("--object", type=pathlib.Path, metavar="FILE.co", help="inspect this code object instead of our kernels")
 
@@ -109,7 +109,9 @@ def run(args: argparse.Namespace) -> int:
         old = read_json(args.diff) if args.diff else None
         reports, failures = _object_reports(args) if args.object else _kernel_reports(args)
         text = as_json(reports) if args.format == "json" else as_table(reports)
-        if args.model:
+        if args.model and args.format == "json":
+            text = _model(args, reports)
+        elif args.model:
             text += f"\n\n{_model(args, reports)}"
         _write(text, args.output)
     except (InspectError, ConfigError, virtual_device.VirtualDeviceError) as error:
@@ -125,14 +127,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace, reports: list[Report]) -> str:
-    """The table of --model."""
-    for name, value in (("--object", args.object), ("--format json", args.format == "json")):
-        if value:
-            raise InspectError(f"--model: expected without {name}, got both")
+    """What --model prints: a table beneath that of the reports, or as JSON in its place."""
+    if args.object:
+        raise InspectError("--model: expected without --object, got both")
     # Only this needs numpy.
     from . import model
 
-    return model.as_table(model.predict_cases([report.case for report in reports]))
+    found = model.predict_cases([report.case for report in reports])
+    return model.as_json(found) if args.format == "json" else model.as_table(found)
 
 
 def _write(text: str, output: pathlib.Path | None) -> None:

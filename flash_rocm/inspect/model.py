@@ -21,6 +21,7 @@ that real figures are lower, in matrix-bound kernels by a factor of two or so.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -235,6 +236,16 @@ def backward_tflops(predictions: dict[Case, Prediction]) -> dict[Case, float]:
             flop = dq.flop * _PRODUCTS_OF_BACKWARD / _PRODUCTS_OF["backward_dq"]
             found[dataclasses.replace(case, kernel="backward")] = flop / (dq.seconds + dkdv.seconds) / 1e12
     return found
+
+
+def as_json(predictions: dict[Case, Prediction]) -> str:
+    """The predictions and the versions they are from, one a line; ``flash-rocm bench --report`` reads it."""
+    versions = {"flash_rocm": flash_rocm.__version__, "triton": runtime.triton_version()}
+    lines = ",\n".join(
+        json.dumps({**dataclasses.asdict(case), **dataclasses.asdict(found), "binding": found.binding})
+        for case, found in predictions.items()
+    )
+    return f'{{"environment": {json.dumps(versions)}, "modelled": [\n{lines}\n]}}'
 
 
 def as_table(predictions: dict[Case, Prediction]) -> str:
