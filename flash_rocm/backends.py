@@ -106,8 +106,12 @@ CK = Capability(
     module="flash_rocm._ck.backend",
     dtypes=frozenset({torch.float16, torch.bfloat16}),
     max_headdim=256,
+    max_headdim_cached=256,
     features=frozenset(
-        {*("varlen", "causal", "window", "gqa", "headdim_v", "softcap", "alibi"), *("deterministic", "backward")}
+        {
+            *("varlen", "causal", "window", "gqa", "headdim_v", "softcap", "alibi", "deterministic", "backward"),
+            *("kvcache", "paged", "append", "rotary", "cache_batch_idx", "leftpad"),
+        }
     ),
     archs=("gfx90a", "gfx942"),
 )

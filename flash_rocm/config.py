@@ -13,8 +13,8 @@ One file per arch, ``<arch>.json``; ``generic.json`` serves archs without one.  
                         "oldest_spills": 0},                             each optional
              "provenance": {"how": "measured", "date": "2026-11-21", "compiler": "Triton 3.6", "note": "..."}}
 
-    CK ENTRY = {"kernel": "forward" | "backward", "dtype": [...], "tile": [...], "warps": [...], "warp_tile": [...],
-                "pipeline": "qr_async", "occupancy": 0, "variants": [["masked"], ["varlen", "masked"], ...],
+    CK ENTRY = {"kernel": "forward" | "backward" | "splitkv", "dtype": [...], "tile": [...], "warps": [...],
+                "warp_tile": [...], "pipeline": "qr_async", "occupancy": 0, "variants": [["masked"], ["varlen", "masked"], ...],
                 "provenance": ...}                      an instance to compile for each dtype and variant
 
 ``flash_rocm/config_schema.py`` says what each value means and checks it.  The user's overrides, in the order
