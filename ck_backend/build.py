@@ -198,7 +198,7 @@ def ninja_text(toolchain: Toolchain, sources: dict[Unit, pathlib.Path], work: pa
         archs = unit.instance.archs
         flags = " ".join(_quoted(flag) for flag in hip_flags(toolchain, archs))
         add("hip", source, flags=flags, archs=", ".join(archs))
-    for source in (CSRC / "core.cpp", CSRC / "binding.cpp", work / "generated" / "table.cpp"):
+    for source in (CSRC / "status.cpp", CSRC / "core.cpp", CSRC / "binding.cpp", work / "generated" / "table.cpp"):
         add("cxx", source)
     library, stand_in = out / ck_instances.LIBRARY, out / STAND_IN
     lines.append(f"build {_escaped(library)}: link {' '.join(objects)}\n  name = {library.name}")

@@ -1,24 +1,9 @@
-// Checks that stand between a caller and a launch, and the texts of what they find.
+// Checks that stand between a caller and a launch.
 #include "flash_ck.h"
 
 #include <initializer_list>
 
 namespace flash_ck {
-
-const char* status_text(Status status)
-{
-    switch(status)
-    {
-    case Status::ok: return "it ran";
-    case Status::no_instance: return "there is no instance of this number";
-    case Status::wrong_kernel: return "the instance is one of the other direction";
-    case Status::wrong_layout: return "the instance is for sequences with, the call without cu_seqlens, or the reverse";
-    case Status::wrong_headdim: return "the head dim is not a multiple of 8 up to that of the instance";
-    case Status::stride_too_large: return "a stride of Composable Kernel is a 32-bit number, one of this call is larger";
-    case Status::launch_failed: return "HIP did not launch the kernel";
-    }
-    return "unknown status";
-}
 
 namespace {
 

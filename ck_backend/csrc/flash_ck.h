@@ -7,7 +7,17 @@
 
 namespace flash_ck {
 
-enum class Status : int { ok = 0, no_instance, wrong_kernel, wrong_layout, wrong_headdim, stride_too_large, launch_failed };
+enum class Status : int {
+    ok = 0,
+    no_instance,
+    wrong_kernel,
+    wrong_layout,
+    wrong_headdim,
+    stride_too_large,
+    launch_failed,
+    wrong_size, // of an auxiliary kernel
+    missing_tensor
+};
 
 // One sentence for each status, without a full stop.
 const char* status_text(Status status);
