@@ -19,7 +19,7 @@ from flash_rocm.problem import AttentionProblem
 MANIFEST, LIBRARY = "instances.json", "_C.so"
 _SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 #: Composable Kernel addresses the rows of one sequence with a 32-bit number of bytes.
-_MAX_SEQUENCE_BYTES = 1 << 31
+_MAX_BYTES = 1 << 31
 #: ... and takes the distances of ALiBi with v_sad_u16.
 _MAX_ALIBI_SEQLEN = 1 << 16
 BUILD_COMMAND = 'FLASH_ROCM_BUILD=ck FLASH_ROCM_ARCHS="{archs}" pip install --no-build-isolation .'
@@ -182,10 +182,12 @@ def refusals(problem: AttentionProblem, arch: str, library: CkLibrary | None) ->
         part = -(-problem.seqlen_k // 64) * problem.seqlen_q * problem.headdim
         if part >= 1 << 29 or problem.batch * problem.nheads * part >= 1 << 31:
             reasons.append("deterministic, with parts of dq that are too large for Composable Kernel's 32-bit strides")
+    rows, rows_k = problem.seqlen_q, problem.seqlen_k
+    heads_k = problem.nheads
     if problem.cached:
         reasons += _cache_refusals(problem)
-    row = problem.nheads * max(problem.headdim, problem.headdim_v)
-    if 2 * row * max(problem.seqlen_q, problem.seqlen_k) >= _MAX_SEQUENCE_BYTES:
+        rows_k, heads_k = problem.page_size or problem.seqlen_k, problem.nheads_k
+    if 2 * max(problem.headdim, problem.headdim_v) * max(problem.nheads * rows, heads_k * rows_k) >= _MAX_BYTES:
         reasons.append("a sequence of 2 GiB or more, which Composable Kernel addresses with 32 bits")
     if library is None or reasons:
         return reasons
@@ -201,11 +203,14 @@ def refusals(problem: AttentionProblem, arch: str, library: CkLibrary | None) ->
 def _cache_refusals(problem: AttentionProblem) -> list[str]:
     """Why Composable Kernel does not run a problem over a K/V cache."""
     reasons = []
+    if problem.headdim != problem.headdim_v:
+        reasons.append(f"headdim_v {problem.headdim_v} other than headdim over a K/V cache: no tile in the configs")
     if problem.leftpad and problem.page_size:
         reasons.append("leftpad in pages, of which Composable Kernel reads the padding beside the first keys")
-    # Parts are (nheads, splits, rows, headdim_v) float32, of which the heads of a group are one view.
-    if 4 * problem.batch * problem.seqlen_q * problem.group_size * problem.headdim_v >= _MAX_SEQUENCE_BYTES:
-        reasons.append("queries whose results take 2 GiB in a group of heads, which Composable Kernel addresses with 32 bits")
+    # Results are (nheads, splits, rows, headdim_v) float32.  Without a mask the heads of a group are one view.
+    head = problem.batch * problem.seqlen_q * problem.headdim_v
+    if (head if is_masked(problem) or problem.alibi else 4 * head * problem.group_size) >= _MAX_BYTES:
+        reasons.append("results of 2 GiB or more, which Composable Kernel addresses with 32 bits")
     return reasons
 
 
@@ -223,4 +228,5 @@ def _wanted(kernel: str, problem: AttentionProblem, arch: str) -> str:
     if dtype not in _SHORT:
         return f"{dtype} has none"
     exact = CkInstance(kernel, dtype, problem.headdim, problem.headdim_v, variant, (arch,), (0, 0), 0)
-    return f"expected {exact.name} or one that takes more. Hint: build with it in the ck entries of {arch}.json"
+    pages = f" of a tile whose keys divide pages of {problem.page_size}" if problem.page_size else ""
+    return f"expected {exact.name}{pages} or one that takes more. Hint: build with it in the ck entries of {arch}.json"

@@ -151,6 +151,45 @@ void backward(int64_t instance,
     check(flash_ck::backward(static_cast<int>(instance), params, static_cast<flash_ck::Step>(step)), instance);
 }
 
+// out is (nheads, splits, total_q, headdim_v) and lse (nheads, splits, total_q), float32; block_table (batch, pages).  A k
+// of three dims has rows for pages.
+void splitkv(int64_t instance,
+             Tensor q,
+             Tensor k,
+             Tensor v,
+             Tensor out,
+             Tensor lse,
+             Tensor cu_seqlens_q,
+             Tensor seqlens_k,
+             Tensor block_table,
+             Optional alibi_slopes,
+             int64_t page_size,
+             int64_t seqlen_q,
+             int64_t seqlen_k,
+             double scale,
+             double softcap,
+             int64_t window_left,
+             int64_t window_right,
+             int64_t stream)
+{
+    flash_ck::SplitKvParams params;
+    params.shape = shape_of(q, k, v, cu_seqlens_q, std::nullopt, alibi_slopes, seqlen_q, seqlen_k, scale, softcap,
+                            window_left, window_right, stream);
+    params.q     = matrix(q, true);
+    params.k     = {k.data_ptr(), k.stride(0), k.stride(k.dim() - 3), k.stride(k.dim() - 2)};
+    params.v     = {v.data_ptr(), v.stride(0), v.stride(v.dim() - 3), v.stride(v.dim() - 2)};
+    params.out   = {out.data_ptr(), 0, out.stride(2), out.stride(0)};
+    params.lse   = {static_cast<float*>(lse.data_ptr()), 0, lse.stride(0)};
+    params.out_split         = out.stride(1);
+    params.lse_split         = lse.stride(1);
+    params.seqlens_k         = static_cast<const int32_t*>(seqlens_k.data_ptr());
+    params.block_table       = static_cast<const int32_t*>(block_table.data_ptr());
+    params.block_table_batch = block_table.stride(0);
+    params.page_size         = static_cast<int>(page_size);
+    params.num_splits        = static_cast<int>(out.size(1));
+    check(flash_ck::splitkv(static_cast<int>(instance), params), instance);
+}
+
 int64_t dq_splits(int64_t instance, int64_t seqlen_k)
 {
     int splits = 0;
@@ -169,6 +208,9 @@ STABLE_TORCH_LIBRARY(flash_rocm_ck, library)
                 "Tensor softmax_lse, Tensor(a!) delta, Tensor(b!) dq_acc, Tensor(c!) dq, Tensor(d!) dk, Tensor(e!) dv, "
                 "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, int seqlen_q, int seqlen_k, "
                 "float scale, int window_left, int window_right, int stream) -> ()");
+    library.def("splitkv(int instance, Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, Tensor cu_seqlens_q, "
+                "Tensor seqlens_k, Tensor block_table, Tensor? alibi_slopes, int page_size, int seqlen_q, int seqlen_k, "
+                "float scale, float softcap, int window_left, int window_right, int stream) -> ()");
     library.def("dq_splits(int instance, int seqlen_k) -> int");
 }
 
@@ -176,5 +218,6 @@ STABLE_TORCH_LIBRARY_IMPL(flash_rocm_ck, CompositeExplicitAutograd, library)
 {
     library.impl("forward", TORCH_BOX(&forward));
     library.impl("backward", TORCH_BOX(&backward));
+    library.impl("splitkv", TORCH_BOX(&splitkv));
     library.impl("dq_splits", TORCH_BOX(&dq_splits));
 }

@@ -65,6 +65,29 @@ Status backward(int number, const BackwardParams& given, Step step)
     return instances[number].backward(params, step);
 }
 
+Status splitkv(int number, const SplitKvParams& given)
+{
+    SplitKvParams params = given;
+    widen_alibi(params.shape);
+    if(number < 0 || number >= instance_count)
+        return Status::no_instance;
+    const Instance& instance = instances[number];
+    if(instance.splitkv == nullptr)
+        return Status::wrong_kernel;
+    if(params.shape.headdim != instance.headdim || params.shape.headdim_v != instance.headdim_v)
+        return Status::wrong_headdim;
+    if(params.page_size <= 0 || params.page_size % instance.key_block || params.num_splits < 1)
+        return Status::wrong_size;
+    if(!fits(params.q) || !fits(params.k) || !fits(params.v) || !fits(params.out) || !fits(params.lse))
+        return Status::stride_too_large;
+    // The kernel multiplies the number of a part by its stride in 32 bits.
+    const std::int64_t last = params.num_splits - 1;
+    if(params.out_split * last > kMaxStride || params.lse_split * last > kMaxStride ||
+       params.block_table_batch > kMaxStride)
+        return Status::stride_too_large;
+    return instance.splitkv(params);
+}
+
 Status dq_splits(int number, int seqlen_k, int* splits)
 {
     if(number < 0 || number >= instance_count)
