@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -13,7 +12,8 @@ from flash_rocm import ck_instances, virtual_device
 from flash_rocm.ck_instances import CkInstance
 from flash_rocm.problem import AttentionInputs, AttentionProblem, CacheInputs, lse_shape
 
-from . import library, virtual
+from . import library
+from .auxiliary import launches_on, stream_of
 
 #: Steps of a backward, as csrc/flash_ck.h numbers them.
 _DELTA, _GRADIENTS, _CONVERT = range(3)
@@ -53,19 +53,6 @@ def _widened(x: torch.Tensor, headdim: int) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else _aligned(x)
 
 
-def _stream(x: torch.Tensor) -> int:
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-
-
-def _on(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> contextlib.AbstractContextManager[None]:
-    """Launch where a tensor is: on its GPU, or on the virtual GPU, which is told of the tensors that there are."""
-    if x.is_cuda:
-        return torch.cuda.device(x.device)  # type: ignore[return-value]
-    if torch.version.hip:
-        raise library.LibraryError("ck: expected a CPU build of torch for the virtual GPU, got one whose HIP is real")
-    return virtual.memory_of(tensors)
-
-
 def _new(x: torch.Tensor, shape: Sequence[int], varlen: bool) -> torch.Tensor:
     """Kernels write every row of dense results; varlen ones may have rows that no sequence owns."""
     return x.new_zeros(shape) if varlen else x.new_empty(shape)
@@ -81,10 +68,10 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
     optional = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, slopes)
     lengths = (problem.seqlen_q, problem.seqlen_k)
     window = (problem.window_left, problem.window_right)
-    with _on(q, (q, k, v, out, softmax_lse, *optional)):
+    with launches_on(q, (q, k, v, out, softmax_lse, *optional)):
         operators.forward(
             number, q, k, v, out, softmax_lse, *optional, *lengths,
-            problem.softmax_scale, problem.softcap, *window, _stream(q),
+            problem.softmax_scale, problem.softcap, *window, stream_of(q),
         )  # fmt: skip
     return out, softmax_lse
 
@@ -132,9 +119,9 @@ def backward(
     tensors = (q, k, v, out, dout, softmax_lse, delta, dq_acc, dq, dk, dv, *optional)
     lengths = (problem.seqlen_q, problem.seqlen_k)
     window = (problem.window_left, problem.window_right)
-    with _on(q, tensors):
+    with launches_on(q, tensors):
         for step in (_DELTA, _GRADIENTS, _CONVERT):
-            operators.backward(number, step, *tensors, *lengths, problem.softmax_scale, *window, _stream(q))
+            operators.backward(number, step, *tensors, *lengths, problem.softmax_scale, *window, stream_of(q))
             if step == _DELTA and dlse is not None:
                 delta.sub_(dlse)
     if problem.group_size > 1:
