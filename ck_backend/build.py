@@ -21,6 +21,7 @@ from flash_rocm._third_party import composable_kernel, rocm_root
 from flash_rocm import ck_instances
 from flash_rocm.runtime import BuildRequest
 
+from . import hipified
 from .generate import NothingToBuild, Unit, units_of, write
 
 CSRC = pathlib.Path(__file__).with_name("csrc")
@@ -39,6 +40,7 @@ _HIP_FLAGS = (
     *("-DCK_TILE_FLOAT_TO_BFLOAT16_DEFAULT=3", "-fgpu-flush-denormals-to-zero", "-fvisibility=hidden"),
     *("-mllvm", "--lsr-drop-solution=1", "-mllvm", "-enable-post-misched=0", "-Wno-linker-warnings"),
 )
+_HOST_CODE = ("status.cpp", "core.cpp", "binding.cpp", "auxiliary_binding.cpp")
 _CXX_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}")
 
 
@@ -173,8 +175,15 @@ def hip_flags(toolchain: Toolchain, archs: Sequence[str]) -> list[str]:
     return ["-x", "hip", *targets, f"--rocm-path={toolchain.rocm}", *_HIP_FLAGS, *includes, "-I", str(CSRC)]
 
 
-def ninja_text(toolchain: Toolchain, sources: dict[Unit, pathlib.Path], work: pathlib.Path, out: pathlib.Path) -> str:
-    """The build file: one object for each unit, the core, the table, the binding; then the library and the stand-in."""
+def ninja_text(
+    toolchain: Toolchain,
+    sources: dict[Unit, pathlib.Path],
+    auxiliary: Sequence[pathlib.Path],
+    archs: Sequence[str],
+    work: pathlib.Path,
+    out: pathlib.Path,
+) -> str:
+    """The build file: an object for each unit, auxiliary kernel and file of host code; the library; the stand-in."""
     torch_root = pathlib.Path(torch.__file__).parent
     cxx = " ".join([*_CXX_FLAGS, "-isystem", _quoted(torch_root / "include"), "-I", _quoted(CSRC)])
     rules = {
@@ -194,11 +203,13 @@ def ninja_text(toolchain: Toolchain, sources: dict[Unit, pathlib.Path], work: pa
         lines.append(f"build {objects[-1]}: {rule} {_escaped(source)}\n  name = {source.stem}")
         lines.extend(f"  {key} = {value}" for key, value in variables.items())
 
-    for unit, source in sources.items():
-        archs = unit.instance.archs
-        flags = " ".join(_quoted(flag) for flag in hip_flags(toolchain, archs))
-        add("hip", source, flags=flags, archs=", ".join(archs))
-    for source in (CSRC / "status.cpp", CSRC / "core.cpp", CSRC / "binding.cpp", work / "generated" / "table.cpp"):
+    for source, targets in (
+        *((source, unit.instance.archs) for unit, source in sources.items()),
+        *((source, archs) for source in auxiliary),
+    ):
+        flags = " ".join(_quoted(flag) for flag in hip_flags(toolchain, targets))
+        add("hip", source, flags=flags, archs=", ".join(targets))
+    for source in (*(CSRC / name for name in _HOST_CODE), work / "generated" / "table.cpp"):
         add("cxx", source)
     library, stand_in = out / ck_instances.LIBRARY, out / STAND_IN
     lines.append(f"build {_escaped(library)}: link {' '.join(objects)}\n  name = {library.name}")
@@ -239,7 +250,8 @@ def build(request: BuildRequest, work: pathlib.Path, out: pathlib.Path, folder: 
     toolchain = find_toolchain(request, work)
     out.mkdir(parents=True, exist_ok=True)
     sources = write(work / "generated", units)
-    (work / "build.ninja").write_text(ninja_text(toolchain, sources, work, out))
+    auxiliary = hipified.write(work / "hipified")
+    (work / "build.ninja").write_text(ninja_text(toolchain, sources, auxiliary, request.archs, work, out))
     # A library without its list is no library, so that an interrupted build leaves none that is half.
     (out / ck_instances.MANIFEST).unlink(missing_ok=True)
     command = [toolchain.ninja, "-f", str(work / "build.ninja"), "-j", str(toolchain.jobs)]

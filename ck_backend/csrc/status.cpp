@@ -13,7 +13,7 @@ const char* status_text(Status status)
     case Status::wrong_layout: return "the instance is for sequences with, the call without cu_seqlens, or the reverse";
     case Status::wrong_headdim: return "the head dim is not one that the instance takes";
     case Status::stride_too_large: return "a stride of Composable Kernel is a 32-bit number, one of this call is larger";
-    case Status::launch_failed: return "the GPU's driver did not launch the kernel";
+    case Status::launch_failed: return "the driver did not launch the kernel";
     case Status::wrong_size: return "a size is negative, too large, or not that of its partner";
     case Status::missing_tensor: return "a tensor that the kernel needs is not there";
     }
