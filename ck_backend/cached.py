@@ -1,4 +1,4 @@
-"""Attention over a K/V cache: split-KV of Composable Kernel, between the append of new tokens and the combination of parts.
+"""Attention over a K/V cache: Composable Kernel's split-KV, and the auxiliary kernels that append and combine.
 
 The kernel is compiled for packed queries and for pages.  Dense queries are packed ones of one length.  A cache without
 pages is one of pages that start at any row, one for each sequence.
@@ -150,7 +150,17 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
     out_partial = q.new_empty((*parts, problem.headdim_v), dtype=torch.float32)
     # Packed queries may have rows that no sequence owns.
     lse_partial = q.new_full(parts, float("-inf"), dtype=torch.float32)
-    tensors = (queries.q, keys.k, keys.v, out_partial, lse_partial, queries.starts, keys.lengths, keys.block_table, slopes)
+    tensors = (
+        queries.q,
+        keys.k,
+        keys.v,
+        out_partial,
+        lse_partial,
+        queries.starts,
+        keys.lengths,
+        keys.block_table,
+        slopes,
+    )
     with launches_on(q, tensors):
         operators.splitkv(
             number, *tensors, keys.page_size, problem.seqlen_q, problem.seqlen_k, problem.softmax_scale,

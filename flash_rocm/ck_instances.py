@@ -112,7 +112,7 @@ def is_masked(problem: AttentionProblem) -> bool:
 def from_config(entry: CkConfig, arch: str) -> list[CkInstance]:
     """The instances that an entry of a config file asks for."""
     return [
-        CkInstance(entry.kernel, dtype, *entry.headdims, variant, (arch,), entry.tile[:2], entry.occupancy)
+        CkInstance(entry.kernel, dtype, *entry.headdims, variant, (arch,), entry.tile_of_scores, entry.occupancy)
         for dtype in entry.dtypes
         for variant in entry.variants
     ]
@@ -145,7 +145,8 @@ def _read(folder: pathlib.Path) -> CkLibrary:
         contents = check_object(where, raw, ("archs", "instances", "built_with"), ("archs", "instances", "built_with"))
         names = [field.name for field in dataclasses.fields(CkInstance)]
         rows = [check_object(where, row, names, names) for row in contents["instances"]]
-        instances = tuple(CkInstance(**row | {key: tuple(row[key]) for key in ("variant", "archs", "tile")}) for row in rows)
+        tuples = ("variant", "archs", "tile")
+        instances = tuple(CkInstance(**row | {key: tuple(row[key]) for key in tuples}) for row in rows)
     except (OSError, UnicodeDecodeError, TypeError) as error:
         raise ConfigError(f"{where}: expected the list of a library's instances, {error}. {hint}") from error
     return CkLibrary(folder, tuple(contents["archs"]), instances)

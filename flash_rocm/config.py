@@ -14,8 +14,9 @@ One file per arch, ``<arch>.json``; ``generic.json`` serves archs without one.  
              "provenance": {"how": "measured", "date": "2026-11-21", "compiler": "Triton 3.6", "note": "..."}}
 
     CK ENTRY = {"kernel": "forward" | "backward" | "splitkv", "dtype": [...], "tile": [...], "warps": [...],
-                "warp_tile": [...], "pipeline": "qr_async", "occupancy": 0, "variants": [["masked"], ["varlen", "masked"], ...],
-                "provenance": ...}                      an instance to compile for each dtype and variant
+                "warp_tile": [...], "pipeline": "qr_async", "occupancy": 0,
+                "variants": [["masked"], ["varlen", "masked"], ...], "provenance": ...}
+                                                        an instance to compile for each dtype and variant
 
 ``flash_rocm/config_schema.py`` says what each value means and checks it.  The user's overrides, in the order
 of their strength: ``FLASH_ROCM_KERNEL_CONFIG``, ``FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON`` (forward only),

@@ -201,8 +201,8 @@ class CkConfig:
     """One entry of a file's ``ck`` section: instances of a Composable Kernel pipeline, one for each dtype and variant.
 
     Attributes:
-        tile: forward and splitkv M0, N0, K0, N1 (the head dim of v), K1 and the head dim of q; backward M0, N0, K0 to K4
-            and the head dims of q and v.
+        tile: forward, splitkv: M0, N0, K0, N1 (the head dim of v), K1 and the head dim of q; backward M0, N0, K0 to
+            K4 and the head dims of q and v.
         warps: in M, N, K; backward: of S and dP, of dK and dV, of dQ.
         warp_tile: of one matrix instruction in M, N, K; backward: of S, dP and dQ, of dK and dV.
         occupancy: workgroups per compute unit, 0 for CK's choice.
@@ -224,6 +224,11 @@ class CkConfig:
     def headdims(self) -> tuple[int, int]:
         """The largest head dims of q and v."""
         return (self.tile[7], self.tile[8]) if self.kernel == "backward" else (self.tile[5], self.tile[3])
+
+    @property
+    def tile_of_scores(self) -> tuple[int, int]:
+        """Rows of q and keys of a tile."""
+        return self.tile[0], self.tile[1]
 
 
 @dataclasses.dataclass(frozen=True)

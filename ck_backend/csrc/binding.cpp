@@ -50,9 +50,9 @@ flash_ck::Shape shape_of(const Tensor& q,
     shape.seqlen_q     = static_cast<int>(seqlen_q);
     shape.seqlen_k     = static_cast<int>(seqlen_k);
     shape.nheads       = static_cast<int>(q.size(last - 1));
-    shape.nheads_k     = static_cast<int>(k.size(last - 1));
+    shape.nheads_k     = static_cast<int>(k.size(k.dim() - 2));
     shape.headdim      = static_cast<int>(q.size(last));
-    shape.headdim_v    = static_cast<int>(v.size(last));
+    shape.headdim_v    = static_cast<int>(v.size(v.dim() - 1));
     shape.window_left  = static_cast<int>(window_left);
     shape.window_right = static_cast<int>(window_right);
     shape.scale        = static_cast<float>(scale);
