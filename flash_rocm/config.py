@@ -4,6 +4,8 @@ One file per arch, ``<arch>.json``; ``generic.json`` serves archs without one.  
 
     {"arch": "gfx1101", "inherits": "gfx1100"}                    another file, used whole, or
     {"arch": "gfx1100", "triton": [ENTRY, ...], "ck": [...]}      entries tried from the top
+    {"arch": "sm90", ..., "auxiliary": {"kernels": ["append", "combine"], "provenance": ...}}
+                                                    what calls take from C++ where that is built
 
     ENTRY = {"kernel": "forward" | "backward_dq" | "backward_dkdv" | "probs" | "decode" | "prefill" | "mla",
              "match": {"dtype": [...], "headdim": [min, max], "seqlen": [min, max], "page_size": [min, max],

@@ -37,7 +37,9 @@ LIMITS = {"vgpr_spills": 0, "loop_scratch": 0, "waves_per_simd": 1, "R": 0, "old
 HOW = ("measured", "model", "static model", "inherited", "first choice")
 PROVENANCE_KEYS = ("how", "date", "compiler", "note")
 ENTRY_KEYS = ("kernel", "match", "options", "limits", "provenance")
-FILE_KEYS = ("arch", "inherits", "triton", "ck")
+FILE_KEYS = ("arch", "inherits", "triton", "ck", "auxiliary")
+#: Kernels that calls on NVIDIA GPUs can take from C++ or from Triton.
+AUXILIARY_KERNELS = ("append", "combine")
 CK_KERNELS = ("forward", "backward", "splitkv")
 CK_DTYPES = ("float16", "bfloat16")
 #: Pipelines of each kernel; those of AMD's matrix cores with 64 lanes.
@@ -238,6 +240,7 @@ class ArchConfigs:
     arch: str
     triton: tuple[Entry, ...]
     ck: tuple[CkConfig, ...]
+    auxiliary: tuple[str, ...] = ()  # of AUXILIARY_KERNELS: those that calls take from C++ where it is built
 
 
 # --------------------------------------------------------------------------------------------------
@@ -414,6 +417,14 @@ def _check_ck_entry(where: str, source: str, raw: Any) -> CkConfig:
     )
 
 
+def _check_auxiliary(where: str, raw: Any, arch: str) -> tuple[str, ...]:
+    entry = check_object(where, raw, ("kernels", "provenance"), ("kernels", "provenance"))
+    if not arch.startswith("sm"):
+        raise ConfigError(f"{where}: expected it for archs of NVIDIA, got it for {arch}")
+    check_provenance(f"{where}.provenance", entry["provenance"])
+    return _check_names(f"{where}.kernels", entry["kernels"], AUXILIARY_KERNELS)
+
+
 def check_file(path: str, shown: str, arch: str, raw: Any, served: Sequence[str] = ()) -> ArchConfigs | str:
     """The contents of a file, or the name of the arch whose file it inherits.
 
@@ -445,4 +456,5 @@ def check_file(path: str, shown: str, arch: str, raw: Any, served: Sequence[str]
             _check_ck_entry(f"{path}: ck[{index}]", f"{shown} ck[{index}]", entry)
             for index, entry in enumerate(contents.get("ck", []))
         ),
+        _check_auxiliary(f"{path}.auxiliary", contents["auxiliary"], arch) if "auxiliary" in contents else (),
     )

@@ -1,5 +1,6 @@
-// The operators of torch.ops.flash_rocm_auxiliary, with PyTorch's stable ABI alone, for ROCm and CUDA: g++ compiles it
-// without a header of either.  The stream is a number, for the ABI of torch 2.10 has no call for it.
+// The operators of torch.ops.flash_rocm_auxiliary, or of another name that a build gives them, for ROCm and CUDA: with
+// PyTorch's stable ABI alone, so that g++ compiles it without a header of either.  The stream is a number, for the ABI of
+// torch 2.10 has no call for it.
 #include "auxiliary.h"
 
 #include <torch/csrc/stable/library.h>
@@ -250,7 +251,14 @@ void dropout_mask(Tensor rng_state, Tensor mask, int64_t threshold, int64_t stre
 
 } // namespace
 
-STABLE_TORCH_LIBRARY(flash_rocm_auxiliary, library)
+#ifndef FLASH_ROCM_AUXILIARY
+#define FLASH_ROCM_AUXILIARY flash_rocm_auxiliary
+#endif
+// The macros of torch make a text of the name, which has to be replaced before.
+#define DEFINE_OPERATORS(name, library) STABLE_TORCH_LIBRARY(name, library)
+#define IMPLEMENT_OPERATORS(name, key, library) STABLE_TORCH_LIBRARY_IMPL(name, key, library)
+
+DEFINE_OPERATORS(FLASH_ROCM_AUXILIARY, library)
 {
     library.def("append(Tensor k_new, Tensor v_new, Tensor(a!) k, Tensor(b!) v, Tensor? rotary_cos, Tensor? rotary_sin, "
                 "Tensor? cu_seqlens_k_new, Tensor? cache_seqlens, Tensor? rotary_seqlens, Tensor? cache_batch_idx, "
@@ -265,7 +273,7 @@ STABLE_TORCH_LIBRARY(flash_rocm_auxiliary, library)
     library.def("dropout_mask(Tensor rng_state, Tensor(a!) mask, int threshold, int stream) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flash_rocm_auxiliary, CompositeExplicitAutograd, library)
+IMPLEMENT_OPERATORS(FLASH_ROCM_AUXILIARY, CompositeExplicitAutograd, library)
 {
     library.impl("append", TORCH_BOX(&append));
     library.impl("rotate", TORCH_BOX(&rotate));

@@ -32,7 +32,8 @@ __device__ Vector<T, N> turned(const T* row, int first, const Rotary& rotary, in
         const bool leads  = rotary.interleaved ? element % 2 == 0 : is_first;
         const float other = to_float(rotary.interleaved && N > 1 ? x.x[i ^ (N > 1)] : partner.x[i]);
         const float c = to_float(cos[angle]), s = to_float(sin[angle]);
-        result.x[i] = from_float<T>(to_float(x.x[i]) * c + (leads ? -other : other) * s);
+        // In so many words, for compilers choose differently what they contract.
+        result.x[i] = from_float<T>(fmaf(to_float(x.x[i]), c, (leads ? -other : other) * s));
     }
     return result;
 }
@@ -202,10 +203,10 @@ struct Rotate {
 
 constexpr int kCombineThreads = 128;
 
-// One row for each block.  blockDim.x threads share its head dim, N elements each; blockDim.y groups of them share the
-// parts, each with a largest LSE of its own, and the first group adds the others' sums up in their order.
+// One row for each block.  A group of `lanes` threads shares its head dim, N elements each; the groups share the parts,
+// each with a largest LSE of its own, and the first group adds the others' sums up in their order.
 template <int N, typename T>
-__global__ void combine_kernel(CombineParams p, unsigned blocks)
+__global__ void combine_kernel(CombineParams p, unsigned blocks, int lanes)
 {
     __shared__ float sums[kCombineThreads * N];
     __shared__ float largest[kCombineThreads], totals[kCombineThreads];
@@ -217,17 +218,17 @@ __global__ void combine_kernel(CombineParams p, unsigned blocks)
     const std::int64_t batch = block / p.nheads / p.seqlen_q;
     const float* lses = p.lse_partial + batch * p.lse_partial_batch + row * p.lse_partial_row + head * p.lse_partial_head;
     const float* outs = p.out_partial + batch * p.out_partial_batch + row * p.out_partial_row + head * p.out_partial_head;
-    const int groups = static_cast<int>(blockDim.y), group = static_cast<int>(threadIdx.y);
-    const int mine   = (group * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * N;
+    const int thread = static_cast<int>(threadIdx.x);
+    const int groups = kCombineThreads / lanes, group = thread / lanes, lane = thread % lanes;
 
     float highest = -INFINITY;
     for(int split = group; split < p.splits; split += groups)
         highest = fmaxf(highest, lses[split * p.lse_partial_split]);
     const float base = highest == -INFINITY ? 0.f : highest;
 
-    for(int start = 0; start < p.headdim_v; start += static_cast<int>(blockDim.x) * N)
+    for(int start = 0; start < p.headdim_v; start += lanes * N)
     {
-        const int first = start + static_cast<int>(threadIdx.x) * N;
+        const int first = start + lane * N;
         float total = 0.f, sum[N] = {};
 #pragma unroll 4
         for(int split = group; split < p.splits; split += groups)
@@ -246,8 +247,8 @@ __global__ void combine_kernel(CombineParams p, unsigned blocks)
             __syncthreads(); // the sums of the elements before have been read
 #pragma unroll
         for(int i = 0; i < N; i++)
-            sums[mine + i] = sum[i];
-        if(threadIdx.x == 0)
+            sums[thread * N + i] = sum[i];
+        if(lane == 0)
         {
             largest[group] = highest;
             totals[group]  = total;
@@ -269,7 +270,7 @@ __global__ void combine_kernel(CombineParams p, unsigned blocks)
             total += totals[other] * weight;
 #pragma unroll
             for(int i = 0; i < N; i++)
-                sum[i] += sums[other * static_cast<int>(blockDim.x) * N + mine + i] * weight;
+                sum[i] += sums[(other * lanes + lane) * N + i] * weight;
         }
         if(first < p.headdim_v)
         {
@@ -290,12 +291,11 @@ Status launch_combine(const CombineParams& p)
     const std::int64_t blocks = static_cast<std::int64_t>(p.batch) * p.seqlen_q * p.nheads;
     if(blocks > kMaxBlocks)
         return Status::wrong_size;
-    unsigned threads = 1;
-    while(threads < kCombineThreads && static_cast<int>(threads) * N < p.headdim_v)
-        threads *= 2;
-    combine_kernel<N, T>
-        <<<grid_of(blocks), dim3(threads, kCombineThreads / threads), 0, static_cast<cudaStream_t>(p.stream)>>>(
-            p, static_cast<unsigned>(blocks));
+    int lanes = 1;
+    while(lanes < kCombineThreads && lanes * N < p.headdim_v)
+        lanes *= 2;
+    combine_kernel<N, T><<<grid_of(blocks), kCombineThreads, 0, static_cast<cudaStream_t>(p.stream)>>>(
+        p, static_cast<unsigned>(blocks), lanes);
     return launched();
 }
 

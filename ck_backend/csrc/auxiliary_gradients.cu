@@ -7,14 +7,14 @@ namespace {
 
 constexpr int kDeltaThreads = 128;
 
-// blockDim.y rows for each block; blockDim.x threads share the head dim of one, N elements at a time.
+// `lanes` threads, a power of 2, share the head dim of a row, N elements at a time.
 template <int N, typename T>
-__global__ void delta_kernel(DeltaParams p, unsigned rows)
+__global__ void delta_kernel(DeltaParams p, unsigned rows, int lanes)
 {
     __shared__ float sums[kDeltaThreads];
-    const unsigned number = block_number() * blockDim.y + threadIdx.y;
+    const unsigned number = block_number() * (kDeltaThreads / lanes) + threadIdx.x / lanes;
     const bool exists     = number < rows;
-    const int lanes = static_cast<int>(blockDim.x), lane = static_cast<int>(threadIdx.x);
+    const int lane        = static_cast<int>(threadIdx.x) % lanes;
     const std::int64_t head = number % p.nheads, row = number / p.nheads % p.seqlen_q;
     const std::int64_t batch = number / p.nheads / p.seqlen_q;
     float sum = 0.f;
@@ -30,7 +30,7 @@ __global__ void delta_kernel(DeltaParams p, unsigned rows)
                 sum += to_float(x.x[i]) * to_float(y.x[i]);
         }
     }
-    float* const mine = sums + threadIdx.y * lanes + lane;
+    float* const mine = sums + threadIdx.x;
     *mine             = sum;
     for(int half = lanes / 2; half > 0; half /= 2)
     {
@@ -49,15 +49,15 @@ __global__ void delta_kernel(DeltaParams p, unsigned rows)
 template <int N, typename T>
 Status launch_delta(const DeltaParams& p)
 {
-    unsigned lanes = 1;
-    while(lanes < 32 && static_cast<int>(lanes) * N < p.headdim_v)
+    int lanes = 1;
+    while(lanes < 32 && lanes * N < p.headdim_v)
         lanes *= 2;
-    const unsigned rows_per_block = kDeltaThreads / lanes;
-    const std::int64_t rows       = static_cast<std::int64_t>(p.batch) * p.seqlen_q * p.nheads;
+    const std::int64_t rows = static_cast<std::int64_t>(p.batch) * p.seqlen_q * p.nheads;
     if(rows > kMaxBlocks)
         return Status::wrong_size;
-    delta_kernel<N, T><<<grid_of(ceil_div(rows, rows_per_block)), dim3(lanes, rows_per_block), 0,
-                         static_cast<cudaStream_t>(p.stream)>>>(p, static_cast<unsigned>(rows));
+    const dim3 grid = grid_of(ceil_div(rows, kDeltaThreads / lanes));
+    delta_kernel<N, T><<<grid, kDeltaThreads, 0, static_cast<cudaStream_t>(p.stream)>>>(
+        p, static_cast<unsigned>(rows), lanes);
     return launched();
 }
 

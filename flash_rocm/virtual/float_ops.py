@@ -86,6 +86,7 @@ _FLOAT: dict[str, tuple[str, Callable[..., Any]]] = {
     "v_maximum3_f32": ("fff", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
     "v_minimum3_f32": ("fff", lambda a, b, c: np.minimum(np.minimum(a, b), c)),
     "v_fma_f32": ("fff", fma32),
+    "v_mad_f32": ("fff", lambda a, b, c: a * b + c),
     "v_exp_f32": ("f", without_denormals(np.exp2)),
     "v_log_f32": ("f", without_denormals(np.log2)),
     "v_rcp_f32": ("f", without_denormals(lambda x: _F32(1) / x)),
