@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from flash_rocm import backends, runtime
+from flash_rocm import backends, config, runtime
 from flash_rocm.problem import FEATURES
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
@@ -51,14 +51,14 @@ def devices(capability: backends.Capability) -> str:
     return "; ".join(parts)
 
 
-#: What a back end has no backward of.
-FORWARD_ONLY = {("ck", "softcap")}
+#: What a back end has in part.
+PARTS = {("ck", "softcap"): "forward", ("ck", "paged"): "multiples of 64", ("ck", "leftpad"): "without pages"}
 
 
 def has(capability: backends.Capability, feature: str) -> str:
     if feature not in capability.features:
         return "no"
-    return "forward" if (capability.name, feature) in FORWARD_ONLY else "yes"
+    return PARTS.get((capability.name, feature), "yes")
 
 
 def cells(capability: backends.Capability) -> list[str]:
@@ -66,8 +66,10 @@ def cells(capability: backends.Capability) -> list[str]:
     largest = f"1 to {capability.max_headdim}, {capability.max_headdim_cached} over a K/V cache"
     if capability.max_headdim >= 1 << 20:
         largest = "any"
-    elif not capability.max_headdim_cached:
-        largest = f"multiples of 8 up to {capability.max_headdim}"
+    elif capability.name == "ck":
+        entries = [entry for entry in config.arch_configs(capability.archs[0]).ck if entry.kernel == "splitkv"]
+        cached = ", ".join(str(entry.headdims[0]) for entry in entries)
+        largest = f"multiples of 8 up to {capability.max_headdim}, {cached} over a K/V cache"
     dtypes = ", ".join(name for dtype, name in DTYPES.items() if dtype in capability.dtypes)
     return [devices(capability), dtypes, largest, *(has(capability, name) for name in NAMES)]
 
