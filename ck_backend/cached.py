@@ -62,6 +62,11 @@ def _entry_rows(x: torch.Tensor) -> int:
     return entry // row if row and entry % row == 0 else 0
 
 
+def _multiples(count: int, step: int, device: torch.device) -> torch.Tensor:
+    """0, step, 2 * step, ...: (count,) int32."""
+    return torch.arange(0, count * step, step, dtype=torch.int32, device=device)
+
+
 def _keys_of(problem: AttentionProblem, inputs: CacheInputs, keys_of_tile: int) -> _Keys:
     k, v = aligned(inputs.k), aligned(inputs.v)
     lengths = _lengths(problem, inputs)
@@ -73,11 +78,11 @@ def _keys_of(problem: AttentionProblem, inputs: CacheInputs, keys_of_tile: int) 
         rows = _entry_rows(k)
         if not rows or rows != _entry_rows(v):
             k, v = k.contiguous(), v.contiguous()
-            rows = inputs.capacity
-        entries = inputs.cache_batch_idx
-        if entries is None:
-            entries = torch.arange(problem.batch, dtype=torch.int32, device=k.device)
-        first_rows = entries * rows
+            rows = max(inputs.capacity, 1)
+        if inputs.cache_batch_idx is not None:
+            first_rows = inputs.cache_batch_idx * rows
+        else:
+            first_rows = _multiples(problem.batch, rows, k.device)
         if inputs.leftpad_k is not None:
             first_rows = first_rows + inputs.leftpad_k.clamp(0, inputs.capacity)
         k, v = k[0], v[0]
@@ -89,8 +94,7 @@ def _keys_of(problem: AttentionProblem, inputs: CacheInputs, keys_of_tile: int) 
 def _queries_of(problem: AttentionProblem, inputs: CacheInputs, q: torch.Tensor) -> _Queries:
     starts = inputs.cu_seqlens_q
     if starts is None:
-        step = problem.seqlen_q
-        starts = torch.arange(0, (problem.batch + 1) * step, step, dtype=torch.int32, device=q.device)
+        starts = _multiples(problem.batch + 1, problem.seqlen_q, q.device)
     return _Queries(aligned(q.flatten(0, 1) if q.dim() == 4 else q), starts)
 
 
@@ -148,8 +152,9 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
     num_splits = num_splits_of(problem, instance, virtual_device.arch_of(q.device), rows_q)
     parts = (problem.nheads, num_splits, rows_q)
     out_partial = q.new_empty((*parts, problem.headdim_v), dtype=torch.float32)
-    # Packed queries may have rows that no sequence owns.
-    lse_partial = q.new_full(parts, float("-inf"), dtype=torch.float32)
+    lse_partial = q.new_empty(parts, dtype=torch.float32)
+    if problem.varlen:  # there may be rows that no sequence owns
+        lse_partial.fill_(float("-inf"))
     tensors = (
         queries.q,
         keys.k,

@@ -150,6 +150,21 @@ def test_layouts_of_caches(name: str) -> None:
     assert torch.equal(flash_rocm.flash_attn_with_kvcache(**(given | {"k_cache": both["k_cache"]})), expected)
 
 
+def test_one_entry_for_all_sequences() -> None:
+    """A cache that is expanded, whose entries are no rows apart."""
+    _, case = case_of()
+    given = arguments_of(case, num_splits=2)
+    given |= {name: given[name][:1].nan_to_num(nan=1.0).expand(2, -1, -1, -1) for name in ("k_cache", "v_cache")}
+    expected = flash_rocm.flash_attn_with_kvcache(**given | {"k_cache": given["k_cache"].contiguous()})
+    assert torch.equal(flash_rocm.flash_attn_with_kvcache(**given), expected)
+
+
+def test_an_empty_cache() -> None:
+    q, cache = torch.ones(2, 1, 4, 128, dtype=torch.bfloat16), torch.ones(2, 0, 2, 128, dtype=torch.bfloat16)
+    out, lse = flash_rocm.flash_attn_with_kvcache(q, cache, cache, return_softmax_lse=True)
+    assert torch.equal(out, torch.zeros_like(q)) and torch.equal(lse, torch.full((2, 4, 1), float("-inf")))
+
+
 def test_functions_of_v3_and_varlen_over_pages() -> None:
     """The same bits from each of them, and explain names the instance."""
     problem, case = case_of(page_size=64)
