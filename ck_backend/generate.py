@@ -109,7 +109,7 @@ def source_of(unit: Unit) -> str:
         }
         extra = ""
         flags = ("varlen", "masked", "alibi", "deterministic")
-        arguments = ("const BackwardParams& params, Step step", "params, step")
+        arguments = ("const BackwardParams& params", "params")
     element = f"Fmha{'Fwd' if kernel == 'forward' else 'Bwd'}{_ELEMENTS[unit.instance.dtype]}"
     # By default the pipelines cut P off, which doubles the error of a rounding.
     rounding = "#define CK_TILE_FMHA_FLOAT_TO_FLOAT16_RTN 1\n" if element == "FmhaFwdFp16" else ""
@@ -136,7 +136,7 @@ def table_of(units: Sequence[Unit]) -> str:
     """The C++ of the table, in the order of the units."""
     lines = [_HEADER, '#include "flash_ck.h"\n\nnamespace flash_ck {\n\n']
     for unit in units:
-        arguments = "const ForwardParams&" if unit.instance.kernel == "forward" else "const BackwardParams&, Step"
+        arguments = "const ForwardParams&" if unit.instance.kernel == "forward" else "const BackwardParams&"
         lines.append(f"Status {unit.name}({arguments});\n")
     lines.append("\nconst Instance instances[] = {\n")
     for unit in units:
