@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
+from flash_rocm import auxiliary
 from flash_rocm.problem import AttentionInputs, AttentionProblem, lse_shape
 
-from .auxiliary import launches_on, stream_of
+from .auxiliary import launch, launches_on, stream_of
 from .cached import append as append
 from .cached import attend as attend
 from .cached import combine as combine
 from .cached import splits_of as splits_of
 from .instances import aligned, instance_of
-
-#: Steps of a backward, as csrc/flash_ck.h numbers them.
-_DELTA, _GRADIENTS, _CONVERT = range(3)
-#: Rows of dq that one workgroup converts: kRows of csrc/backward.hpp.
-_CONVERTED_ROWS = 64
 
 
 def _widened(x: torch.Tensor, headdim: int) -> torch.Tensor:
@@ -58,16 +53,19 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
 def _dq_acc(problem: AttentionProblem, softmax_lse: torch.Tensor, splits: int) -> torch.Tensor:
     """Zeros to sum dq up in: (splits, batch, seqlen_q, nheads, headdim) or (splits, total_q, nheads, headdim) float32.
 
-    All of a head lies together, for its parts are addressed with 32 bits from its first.  Of a sequence without keys,
-    which varlen batches may have, the conversion reads two parts, in blocks of rows with no end: there has to be
-    something behind the last.
+    All of a head lies together, for its parts are addressed with 32 bits from its first.
     """
-    splits = max(splits, 2) if problem.varlen else splits
     *outer, rows = softmax_lse.shape
-    shape = (*outer, splits, rows, problem.headdim)
-    behind = _CONVERTED_ROWS * problem.headdim if problem.varlen else 0
-    zeros = softmax_lse.new_zeros(math.prod(shape) + behind)[: math.prod(shape)].view(shape)
+    zeros = softmax_lse.new_zeros((*outer, splits, rows, problem.headdim))
     return zeros.movedim(-3, 0).transpose(-2, -3)
+
+
+def _summed(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The gradient of key heads from that of the query heads that share them; (..., nheads, dim)."""
+    if group_size == 1:
+        return x
+    parts = x.unflatten(-2, (-1, group_size)).movedim(-2, 0)
+    return auxiliary.reduce(launch, parts, x.new_empty(parts.shape[1:]))
 
 
 def backward(
@@ -80,31 +78,27 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dq, dk, dv and no dsinks of one call; see :class:`flash_rocm.backends.Backend`.
 
-    Three launches: delta, the row sums of out * dout, from which a gradient of softmax_lse is subtracted; the
-    gradients, with dq summed up in float32, by atomic additions or, deterministic, in one part for each block of keys;
-    dq converted.  Heads that share one of k and v get a dk and dv each, which are added up at the end.
+    delta, the row sums of out * dout, less a gradient of softmax_lse; the gradients, with dq summed up in float32, by
+    atomic additions or, deterministic, in one part for each block of keys; dq added up and converted.  Heads that share
+    one of k and v get a dk and dv each, which are added up at the end.
     """
     number, _, operators = instance_of("backward", problem, inputs.q.device)
     q, k, v = map(aligned, inputs[:3])
     out, dout, softmax_lse = aligned(out), aligned(dout), softmax_lse.contiguous()
     slopes = inputs.alibi_slopes.contiguous() if inputs.alibi_slopes is not None else None
-    delta = torch.zeros_like(softmax_lse)
-    dq = _new(q, q.shape, problem.varlen)
+    delta = auxiliary.delta(launch, out, dout, dlse, softmax_lse)
     shape_k = (*k.shape[:-2], problem.nheads)
     dk = _new(k, (*shape_k, problem.headdim), problem.varlen)
     dv = _new(v, (*shape_k, problem.headdim_v), problem.varlen)
     dq_acc = _dq_acc(problem, softmax_lse, operators.dq_splits(number, problem.seqlen_k))
     optional = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, slopes)
-    tensors = (q, k, v, out, dout, softmax_lse, delta, dq_acc, dq, dk, dv, *optional)
+    tensors = (q, k, v, dout, softmax_lse, delta, dq_acc, dk, dv, *optional)
     lengths = (problem.seqlen_q, problem.seqlen_k)
     window = (problem.window_left, problem.window_right)
     with launches_on(q, tensors):
-        for step in (_DELTA, _GRADIENTS, _CONVERT):
-            operators.backward(number, step, *tensors, *lengths, problem.softmax_scale, *window, stream_of(q))
-            if step == _DELTA and dlse is not None:
-                delta.sub_(dlse)
-    if problem.group_size > 1:
-        dk, dv = (x.unflatten(-2, (problem.nheads_k, problem.group_size)).sum(-2) for x in (dk, dv))
+        operators.backward(number, *tensors, *lengths, problem.softmax_scale, *window, stream_of(q))
+    dq = auxiliary.reduce(launch, dq_acc, q.new_empty(q.shape))
+    dk, dv = (_summed(x, problem.group_size) for x in (dk, dv))
     return dq, dk, dv, None
 
 

@@ -20,12 +20,8 @@ _PIPELINES = {
     "forward": {"qr": "ck_tile::BlockFmhaPipelineQRKSVS", "qr_async": "ck_tile::BlockFmhaPipelineQRKSVSAsync"},
     "splitkv": {"qr": "ck_tile::BlockFmhaFwdSplitKVPipelineQRKSVS"},
 }
-#: The function of an instance: types and names of its parameters.  Also their places in the table.
-_PARAMETERS = {
-    "forward": (("const ForwardParams&", "params"),),
-    "backward": (("const BackwardParams&", "params"), ("Step", "step")),
-    "splitkv": (("const SplitKvParams&", "params"),),
-}
+#: What the function of an instance takes.  Also their places in the table.
+_PARAMETERS = {"forward": "ForwardParams", "backward": "BackwardParams", "splitkv": "SplitKvParams"}
 #: Variants that a kernel's templates ask for.
 _FLAGS = {
     "forward": ("varlen", "masked", "alibi", "softcap"),
@@ -123,8 +119,6 @@ def source_of(unit: Unit) -> str:
         pipeline = _PIPELINES[kernel][entry.pipeline]
         extra = f"    template <typename Problem>\n    using Pipeline = {pipeline}<Problem>;\n"
     element = f"Fmha{'Bwd' if kernel == 'backward' else 'Fwd'}{_ELEMENTS[unit.instance.dtype]}"
-    parameters = ", ".join(f"{kind} {name}" for kind, name in _PARAMETERS[kernel])
-    arguments = ", ".join(name for _, name in _PARAMETERS[kernel])
     # By default the pipelines of the forward cut P off, which doubles the error of a rounding.
     is_cut = (kernel, unit.instance.dtype) == ("forward", "float16")
     rounding = "#define CK_TILE_FMHA_FLOAT_TO_FLOAT16_RTN 1\n" if is_cut else ""
@@ -140,8 +134,8 @@ def source_of(unit: Unit) -> str:
         f"    static constexpr int kOccupancy = {entry.occupancy or -1};\n",
         *(f"    static constexpr bool k{flag.capitalize()} = {_truth(unit, flag)};\n" for flag in _FLAGS[kernel]),
         "};\n\n",
-        f"Status {unit.name}({parameters})\n",
-        f"{{\n    return launch_{kernel}<Config_{unit.name}>({arguments});\n}}\n\n",
+        f"Status {unit.name}(const {_PARAMETERS[kernel]}& params)\n",
+        f"{{\n    return launch_{kernel}<Config_{unit.name}>(params);\n}}\n\n",
         "} // namespace flash_ck\n",
     ]
     return "".join(lines)
@@ -151,8 +145,7 @@ def table_of(units: Sequence[Unit]) -> str:
     """The C++ of the table, in the order of the units."""
     lines = [_HEADER, '#include "flash_ck.h"\n\nnamespace flash_ck {\n\n']
     for unit in units:
-        kinds = ", ".join(kind for kind, _ in _PARAMETERS[unit.instance.kernel])
-        lines.append(f"Status {unit.name}({kinds});\n")
+        lines.append(f"Status {unit.name}(const {_PARAMETERS[unit.instance.kernel]}&);\n")
     lines.append("\nconst Instance instances[] = {\n")
     for unit in units:
         instance = unit.instance

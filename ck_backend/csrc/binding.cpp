@@ -108,16 +108,13 @@ void forward(int64_t instance,
 
 // dq_acc is (splits, batch, seqlen_q, nheads, headdim) or (splits, total_q, nheads, headdim), float32.
 void backward(int64_t instance,
-              int64_t step,
               Tensor q,
               Tensor k,
               Tensor v,
-              Tensor out,
               Tensor dout,
               Tensor softmax_lse,
               Tensor delta,
               Tensor dq_acc,
-              Tensor dq,
               Tensor dk,
               Tensor dv,
               Optional cu_seqlens_q,
@@ -137,9 +134,7 @@ void backward(int64_t instance,
     params.q      = matrix(q, varlen);
     params.k      = matrix(k, varlen);
     params.v      = matrix(v, varlen);
-    params.out    = matrix(out, varlen);
     params.dout   = matrix(dout, varlen);
-    params.dq     = matrix(dq, varlen);
     params.dk     = matrix(dk, varlen);
     params.dv     = matrix(dv, varlen);
     params.dq_acc = matrix(dq_acc, varlen);
@@ -148,7 +143,7 @@ void backward(int64_t instance,
     params.dq_acc_split = dq_acc.stride(0);
     params.lse          = rows(softmax_lse);
     params.delta        = rows(delta);
-    check(flash_ck::backward(static_cast<int>(instance), params, static_cast<flash_ck::Step>(step)), instance);
+    check(flash_ck::backward(static_cast<int>(instance), params), instance);
 }
 
 // out is (nheads, splits, total_q, headdim_v) and lse (nheads, splits, total_q), float32; block_table (batch, pages).  A k
@@ -204,8 +199,8 @@ STABLE_TORCH_LIBRARY(flash_rocm_ck, library)
     library.def("forward(int instance, Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) softmax_lse, "
                 "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, int seqlen_q, int seqlen_k, "
                 "float scale, float softcap, int window_left, int window_right, int stream) -> ()");
-    library.def("backward(int instance, int step, Tensor q, Tensor k, Tensor v, Tensor out, Tensor dout, "
-                "Tensor softmax_lse, Tensor(a!) delta, Tensor(b!) dq_acc, Tensor(c!) dq, Tensor(d!) dk, Tensor(e!) dv, "
+    library.def("backward(int instance, Tensor q, Tensor k, Tensor v, Tensor dout, Tensor softmax_lse, Tensor delta, "
+                "Tensor(a!) dq_acc, Tensor(b!) dk, Tensor(c!) dv, "
                 "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, int seqlen_q, int seqlen_k, "
                 "float scale, int window_left, int window_right, int stream) -> ()");
     library.def("splitkv(int instance, Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, Tensor cu_seqlens_q, "

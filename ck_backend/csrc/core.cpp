@@ -48,7 +48,7 @@ Status forward(int number, const ForwardParams& given)
     return instances[number].forward(params);
 }
 
-Status backward(int number, const BackwardParams& given, Step step)
+Status backward(int number, const BackwardParams& given)
 {
     BackwardParams params = given;
     widen_alibi(params.shape);
@@ -56,13 +56,12 @@ Status backward(int number, const BackwardParams& given, Step step)
         return status;
     if(instances[number].backward == nullptr)
         return Status::wrong_kernel;
-    for(const Matrix* x : {&params.q, &params.k, &params.v, &params.out, &params.dout, &params.dq, &params.dk, &params.dv,
-                           &params.dq_acc})
+    for(const Matrix* x : {&params.q, &params.k, &params.v, &params.dout, &params.dk, &params.dv, &params.dq_acc})
         if(!fits(*x))
             return Status::stride_too_large;
     if(!fits(params.lse) || !fits(params.delta) || params.dq_acc_split > kMaxStride)
         return Status::stride_too_large;
-    return instances[number].backward(params, step);
+    return instances[number].backward(params);
 }
 
 Status splitkv(int number, const SplitKvParams& given)

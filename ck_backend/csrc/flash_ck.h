@@ -64,12 +64,11 @@ struct ForwardParams {
 
 struct BackwardParams {
     Shape shape;
-    Matrix q, k, v, out, dout;
-    Matrix dq;     // input dtype
+    Matrix q, k, v, dout;
     Matrix dk, dv; // input dtype, one for each query head: the caller adds those of a group
-    Matrix dq_acc; // float32, zeroed by the caller
+    Matrix dq_acc; // float32, zeroed by the caller, who adds up its splits and converts it
     std::int64_t dq_acc_split = 0; // stride between the splits of a deterministic sum
-    Rows lse, delta;
+    Rows lse, delta;               // delta: of auxiliary.h
 };
 
 // Attention over a K/V cache.  Keys lie in pages: position p of sequence b is row p % page_size of page
@@ -89,9 +88,6 @@ struct SplitKvParams {
     int num_splits = 1;
 };
 
-// The launches of a backward.  Between delta and gradients the caller may subtract the gradient of lse from delta.
-enum class Step : int { delta = 0, gradients, convert };
-
 struct Instance {
     const char* name;
     bool varlen;
@@ -99,7 +95,7 @@ struct Instance {
     int headdim_v;
     int key_block; // keys of a tile: backward, deterministic, what one split of dq_acc is for; splitkv; else 0
     Status (*forward)(const ForwardParams&);
-    Status (*backward)(const BackwardParams&, Step);
+    Status (*backward)(const BackwardParams&);
     Status (*splitkv)(const SplitKvParams&);
 };
 
@@ -108,7 +104,7 @@ extern const Instance instances[];
 extern const int instance_count;
 
 Status forward(int instance, const ForwardParams& params);
-Status backward(int instance, const BackwardParams& params, Step step);
+Status backward(int instance, const BackwardParams& params);
 Status splitkv(int instance, const SplitKvParams& params);
 // How many partial dq_acc a backward adds up: 1, or one for each block of keys where the instance is deterministic.
 Status dq_splits(int instance, int seqlen_k, int* splits);

@@ -165,6 +165,12 @@ def _fma_literal(b: Builder) -> Handler:
     return elementwise(b, "fff", fma32, "f")
 
 
+@register("v_madak_f32", "v_madmk_f32")
+def _mad_literal(b: Builder) -> Handler:
+    """The same of gfx90a, rounded twice."""
+    return elementwise(b, "fff", lambda x, y, z: x * y + z, "f")
+
+
 # float16
 
 
