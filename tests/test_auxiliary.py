@@ -17,6 +17,7 @@ from auxiliary_library import ORDERED_TARGETS, TARGETS, Target, target_in_use
 from test_adversarial import random, same
 from test_combine import SHAPES, check, partials
 
+import flash_rocm
 from flash_rocm import auxiliary, cache_validation
 from flash_rocm.problem import AttentionProblem, CacheInputs, dropout_threshold
 from flash_rocm.testing import CacheCall, assert_caches_close, make_cache_inputs, make_problem, oracle_cached
@@ -301,3 +302,12 @@ def test_slots_are_those_of_the_faults() -> None:
     assert len(cache_validation.FAULTS) == 4
     words = ("block_table", "cache_seqlens", "cache_batch_idx", "rotary_cos")
     assert all(fault.startswith(word) for fault, word in zip(cache_validation.FAULTS, words, strict=True))
+
+
+def test_blocks_of_two_dims_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The virtual GPU numbers threads in one dim: it would give all of them row 0."""
+    from flash_rocm._ck import virtual
+
+    monkeypatch.setattr(virtual, "_tensors", [])
+    with flash_rocm.virtual_gpu("gfx942"), pytest.raises(RuntimeError, match=r"threads of one dim.*got \(4, 2, 1\)"):
+        virtual._launch(0, "kernel", (1, 1, 1), (4, 2, 1), None)

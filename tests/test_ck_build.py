@@ -270,7 +270,9 @@ def test_rocm_root_is_made_once_for_each_triton(tmp_path: pathlib.Path, monkeypa
         assert rocm_root.make(root, tmp_path / amd) == root
         assert len(made) == count
     assert (root / "share/hip/version").read_text().startswith("HIP_VERSION_MAJOR=7\nHIP_VERSION_MINOR=1\n")
-    assert (root / "include/hip/hip_fp16.h").is_file() and (root / "amdgcn/bitcode/oclc_abi_version_600.bc").is_file()
+    assert "__half2float" in (root / "include/hip/hip_fp16.h").read_text()
+    assert "__float2bfloat16" in (root / "include/hip/hip_bf16.h").read_text()
+    assert (root / "amdgcn/bitcode/oclc_abi_version_600.bc").is_file()
 
 
 @dataclasses.dataclass
