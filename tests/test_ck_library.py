@@ -146,9 +146,9 @@ def test_core_checks_what_it_gets() -> None:
         launch(1000, q, k, v, lse)
     with pytest.raises(RuntimeError, match="the instance is for sequences with, the call without cu_seqlens"):
         launch(varlen, q, k, v, lse)
-    with pytest.raises(RuntimeError, match="the instance is one of the other direction"):
+    with pytest.raises(RuntimeError, match="the instance is one of another kernel"):
         launch(names.index("backward_bf16_d128_dense_masked"), q, k, v, lse)
-    with pytest.raises(RuntimeError, match="the instance is one of the other direction"):
+    with pytest.raises(RuntimeError, match="the instance is one of another kernel"):
         operators().dq_splits(dense, 100)
     far = q[:, :1, :1].as_strided((1, 1, 1, DIM), (1 << 31, DIM, DIM, 1))
     with pytest.raises(RuntimeError, match="a stride of Composable Kernel is a 32-bit number"):
