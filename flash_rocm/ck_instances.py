@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import pathlib
 
-from flash_rocm import config, runtime
+from flash_rocm import config, files, runtime
 from flash_rocm.config_schema import CK_VARIANTS, CkConfig, ConfigError, check_object
 from flash_rocm.problem import AttentionProblem
 
@@ -129,12 +128,8 @@ def built() -> CkLibrary | None:
 
 @functools.lru_cache(maxsize=16)
 def _built(explicit: pathlib.Path | None) -> CkLibrary | None:
-    package = importlib.util.find_spec("flash_rocm._ck")
-    inside = [pathlib.Path(folder) for folder in (package and package.submodule_search_locations) or ()]
-    for folder in (*([explicit] if explicit else []), *inside):
-        if (folder / MANIFEST).is_file() and (folder / LIBRARY).is_file():
-            return _read(folder)
-    return None
+    folder = files.library_folder(explicit, MANIFEST, LIBRARY)
+    return None if folder is None else _read(folder)
 
 
 def _read(folder: pathlib.Path) -> CkLibrary:

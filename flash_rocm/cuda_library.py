@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from flash_rocm import config, runtime
+from flash_rocm import config, files, runtime
 from flash_rocm.auxiliary import Launch
 from flash_rocm.config_schema import ConfigError, check_object
 from flash_rocm.runtime import Arch, ConfigSource
@@ -50,17 +49,15 @@ def built() -> CudaLibrary | None:
 
 @functools.lru_cache(maxsize=16)
 def _built(explicit: pathlib.Path | None) -> CudaLibrary | None:
-    package = importlib.util.find_spec("flash_rocm._ck")
-    inside = [pathlib.Path(folder) for folder in (package and package.submodule_search_locations) or ()]
-    for folder in (*([explicit] if explicit else []), *inside):
-        if (folder / MANIFEST).is_file() and (folder / LIBRARY).is_file():
-            where = folder / MANIFEST
-            raw = config.parse(str(where), where.read_text(encoding="utf-8"))
-            archs = check_object(str(where), raw, ("archs", "built_with"), ("archs", "built_with"))["archs"]
-            if not isinstance(archs, list) or not archs:
-                raise ConfigError(f"{where}: expected a list of archs, got {archs!r}. Hint: build it again")
-            return CudaLibrary(folder, tuple(archs))
-    return None
+    folder = files.library_folder(explicit, MANIFEST, LIBRARY)
+    if folder is None:
+        return None
+    where = folder / MANIFEST
+    raw = config.parse(str(where), where.read_text(encoding="utf-8"))
+    archs = check_object(str(where), raw, ("archs", "built_with"), ("archs", "built_with"))["archs"]
+    if not isinstance(archs, list) or not archs:
+        raise ConfigError(f"{where}: expected a list of archs, got {archs!r}. Hint: build it again")
+    return CudaLibrary(folder, tuple(archs))
 
 
 def manifest(archs: Sequence[str], built_with: str) -> dict[str, object]:

@@ -181,7 +181,7 @@ def assert_rounded_once(found: torch.Tensor, exact: torch.Tensor, slack: float =
     ("shape", "num_splits"),
     [
         *zip(SHAPES.values(), (2, 17, 3, 2), strict=True),
-        *(((1, 1, 128), 256), ((1, 1, 1, 600), 5), ((1, 2, 1, 8), 1)),
+        *(((1, 2, 128), 256), ((1, 1, 2, 600), 5), ((1, 2, 2, 8), 1)),
     ],
     ids=str,
 )

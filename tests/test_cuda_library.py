@@ -25,6 +25,7 @@ from flash_rocm import auxiliary, cli, config, cuda_library, runtime
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.testing import CacheCall, assert_caches_close, make_cache_inputs, oracle_cached
 from flash_rocm.testing.kvcache import oracle_combine
+from flash_rocm.tune import write as tune_write
 
 SM90 = runtime.arch_named("sm90")
 CHOICE = {"kernels": ["append"], "provenance": {"how": "first choice"}}
@@ -171,6 +172,15 @@ def test_a_wrong_choice(arch: str, value: dict[str, Any], words: str, tmp_path: 
         config.arch_configs(arch, write(tmp_path, arch, auxiliary=value).folder)
 
 
+def test_tuning_keeps_the_choice(tmp_path: pathlib.Path) -> None:
+    """A file that ``flash-rocm tune --write`` makes says what the shipped one does, beside its own entries."""
+    for arch in ("sm90", "sm86", "gfx942"):  # with it, by inheritance, without
+        shipped = config.file_contents(arch)
+        written = json.loads(tune_write.write(tmp_path, arch, []).read_text())
+        assert written == shipped | {"arch": arch}
+        assert ("auxiliary" in written) == arch.startswith("sm")
+
+
 @pytest.mark.parametrize("text", ["{", '{"archs": ["sm90"]}', '{"archs": [], "built_with": ""}'])
 def test_a_damaged_list(text: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ROCM_CACHE_DIR", str(tmp_path))
@@ -223,6 +233,7 @@ def test_calls_take_what_the_config_chooses(
     )
     check(problem, make_cache_inputs(problem, CacheCall(), device="cuda"))
     assert launched == choice
+    assert ("config combine: C++" in explained(arch)) == ("combine" in choice)
     out, lse = torch.randn(4, 7, 3, 64, device="cuda"), torch.randn(4, 7, 3, device="cuda")
     found = flash_rocm.flash_attn_combine(out, lse)
     exact = oracle_combine(out, lse)
