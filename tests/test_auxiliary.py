@@ -35,7 +35,7 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
 
 @pytest.fixture(params=ORDERED_TARGETS)
 def ordered(request: pytest.FixtureRequest) -> Iterator[Target]:
-    """For kernels whose threads wait for each other."""
+    """For kernels whose waves wait for each other."""
     with target_in_use(request.param) as found:
         yield found
 
@@ -229,13 +229,13 @@ def test_combine_refuses_too_many_parts(target: Target) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 3, 64), (33, 2, 128), (3, 1, 13), (2, 3, 1, 512)], ids=str)
-def test_delta(shape: tuple[int, ...], dtype: torch.dtype, ordered: Target) -> None:
-    out, dout = (random(ordered.device, *shape, dtype=dtype, seed=seed) for seed in (1, 2))
+def test_delta(shape: tuple[int, ...], dtype: torch.dtype, target: Target) -> None:
+    out, dout = (random(target.device, *shape, dtype=dtype, seed=seed) for seed in (1, 2))
     exact = (out.double() * dout.double()).sum(-1).transpose(-1, -2)
-    dlse = random(ordered.device, *exact.shape, dtype=torch.float32, seed=3)
+    dlse = random(target.device, *exact.shape, dtype=torch.float32, seed=3)
     allowed = 2.0**-23 * (out.double() * dout.double()).abs().sum(-1).transpose(-1, -2) * (1 + shape[-1] / 8)
     for gradient in (None, dlse, dlse.transpose(-1, -2).contiguous().transpose(-1, -2)):
-        found = auxiliary.delta(ordered.launch, out, dout, gradient, exact)
+        found = auxiliary.delta(target.launch, out, dout, gradient, exact)
         expected = exact - (0 if gradient is None else gradient.double())
         assert found.shape == exact.shape and bool(((found - expected).abs() <= allowed + 2.0**-22).all())
 
