@@ -1,4 +1,7 @@
-"""Packages of the wheel: site-packages gets one name, ``flash_rocm``.  ``FLASH_ROCM_BUILD=ck`` adds a library."""
+"""Packages of the wheel: site-packages gets one name, ``flash_rocm``.
+
+``FLASH_ROCM_BUILD=ck`` adds the library of Composable Kernel, ``cuda`` that of the auxiliary kernels for NVIDIA GPUs.
+"""
 
 import importlib.util
 import os
@@ -28,14 +31,9 @@ def version() -> str:
 
 
 def build_request() -> str:
-    """What ``FLASH_ROCM_BUILD`` asks for: ck or none."""
+    """What ``FLASH_ROCM_BUILD`` asks for: ck, cuda or none."""
     request = os.environ.get("FLASH_ROCM_BUILD", "none").strip().lower()
-    if request == "cuda":
-        raise SystemExit(
-            "FLASH_ROCM_BUILD=cuda: this version has no compiled part for CUDA. "
-            "Unset it: the Triton kernels need no build."
-        )
-    if request not in ("", "none", "ck"):
+    if request not in ("", "none", "ck", "cuda"):
         raise SystemExit(f"FLASH_ROCM_BUILD: expected ck, cuda or none, got {request!r}.")
     return request or "none"
 
@@ -53,34 +51,37 @@ def mount() -> None:
 
 
 def local_version() -> str:
-    """What a wheel with the compiled library is called: "+ck.gfx90a.gfx942"."""
+    """What a wheel with a compiled library is called: "+ck.gfx90a.gfx942"."""
     mount()
     try:
         from flash_rocm import runtime
     except ModuleNotFoundError as error:
         raise SystemExit(
-            f"FLASH_ROCM_BUILD=ck: {error}. Hint: pip install --no-build-isolation, beside torch."
+            f"FLASH_ROCM_BUILD={REQUEST}: {error}. Hint: pip install --no-build-isolation, beside torch."
         ) from error
     # A name that is no arch is the build's to refuse, which says what it expected.
-    return "+" + ".".join(["ck", *re.findall(r"[0-9a-z]+", " ".join(runtime.build_request().archs))])
+    return "+" + ".".join([REQUEST, *re.findall(r"[0-9a-z]+", " ".join(runtime.build_request().archs))])
 
 
 class BuildLibrary(build_ext):
-    """Compiles the library of the ``ck`` back end instead of a module of Python's."""
+    """Compiles a library instead of a module of Python's."""
 
     def build_extension(self, ext: Extension) -> None:
         mount()
-        from flash_rocm._ck import build
+        from flash_rocm._ck import build, build_cuda
 
         from flash_rocm import runtime
         from flash_rocm.config_schema import ConfigError
 
-        source = runtime.config_source()
+        source, request = runtime.config_source(), runtime.build_request()
         out = pathlib.Path(self.get_ext_fullpath(ext.name)).parent
         try:
-            build.build(runtime.build_request(), ROOT / "build" / "ck", out, source.folder if source else None)
+            if REQUEST == "cuda":
+                build_cuda.build(request, ROOT / "build" / "cuda", out)
+            else:
+                build.build(request, ROOT / "build" / "ck", out, source.folder if source else None)
         except (build.BuildError, ConfigError) as error:
-            raise SystemExit(f"FLASH_ROCM_BUILD=ck: {error}") from error
+            raise SystemExit(f"FLASH_ROCM_BUILD={REQUEST}: {error}") from error
 
     def get_outputs(self) -> list[str]:
         """None: the files are no module, and a list of them is only asked for by installs that are no wheel."""
@@ -104,7 +105,8 @@ for folder, name in EMBEDDED.items():
 
 compiled = {}
 local = ""
-if build_request() == "ck":
+REQUEST = build_request()
+if REQUEST != "none":
     local = local_version()
     compiled = {
         "ext_modules": [Extension("flash_rocm._ck._C", [])],

@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
 import torch
 
-from flash_rocm import ck_instances, virtual_device
-from flash_rocm.ck_instances import CkInstance
-from flash_rocm.problem import AttentionInputs, AttentionProblem, CacheInputs, lse_shape
+from flash_rocm import auxiliary
+from flash_rocm.problem import AttentionInputs, AttentionProblem, lse_shape
 
-from . import library, virtual
-
-#: Steps of a backward, as csrc/flash_ck.h numbers them.
-_DELTA, _GRADIENTS, _CONVERT = range(3)
-_MAX_STRIDE = (1 << 31) - 1
-#: Rows of dq that one workgroup converts: kRows of csrc/backward.hpp.
-_CONVERTED_ROWS = 64
-
-
-def _instance(kernel: str, problem: AttentionProblem, device: torch.device) -> tuple[int, CkInstance, Any]:
-    """The instance that runs one direction of a problem, its number before it, and the operators of the library."""
-    found, operators = library.load()
-    arch = virtual_device.arch_of(device).name
-    number = found.find(kernel, problem, arch)
-    if number is None:  # selection has looked, but another library may have been built since
-        reasons = "; ".join(ck_instances.refusals(problem, arch, found))
-        raise library.LibraryError(f"ck: expected an instance for {problem.describe()}: {reasons}")
-    return number, found.instances[number], operators
-
-
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """The tensor as the kernels can read it, in 16 bytes at a time with 32-bit strides; a copy where it is not so."""
-    *outer, last = x.stride()
-    # Rows of a sequence are addressed with 32 bits, which a view of packed tensors passes before a copy of it does.
-    near = (x.shape[-3] - 1) * x.stride(-3) * x.element_size() <= _MAX_STRIDE
-    if near and last == 1 and x.data_ptr() % 16 == 0 and all(n % 8 == 0 and n <= _MAX_STRIDE for n in outer):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+from .auxiliary import launch, launches_on, stream_of
+from .cached import append as append
+from .cached import attend as attend
+from .cached import combine as combine
+from .cached import splits_of as splits_of
+from .instances import aligned, instance_of
 
 
 def _widened(x: torch.Tensor, headdim: int) -> torch.Tensor:
@@ -50,20 +24,7 @@ def _widened(x: torch.Tensor, headdim: int) -> torch.Tensor:
     filled up with it counts for nothing, unless it is NaN or infinite.
     """
     missing = headdim - x.shape[-1]
-    return torch.nn.functional.pad(x, (0, missing)) if missing else _aligned(x)
-
-
-def _stream(x: torch.Tensor) -> int:
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-
-
-def _on(x: torch.Tensor, tensors: Sequence[torch.Tensor | None]) -> contextlib.AbstractContextManager[None]:
-    """Launch where a tensor is: on its GPU, or on the virtual GPU, which is told of the tensors that there are."""
-    if x.is_cuda:
-        return torch.cuda.device(x.device)  # type: ignore[return-value]
-    if torch.version.hip:
-        raise library.LibraryError("ck: expected a CPU build of torch for the virtual GPU, got one whose HIP is real")
-    return virtual.memory_of(tensors)
+    return torch.nn.functional.pad(x, (0, missing)) if missing else aligned(x)
 
 
 def _new(x: torch.Tensor, shape: Sequence[int], varlen: bool) -> torch.Tensor:
@@ -73,18 +34,18 @@ def _new(x: torch.Tensor, shape: Sequence[int], varlen: bool) -> torch.Tensor:
 
 def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse of one call; see :class:`flash_rocm.backends.Backend`."""
-    number, instance, operators = _instance("forward", problem, inputs.q.device)
-    q, k, v = _aligned(inputs.q), _widened(inputs.k, instance.headdim), _aligned(inputs.v)
+    number, instance, operators = instance_of("forward", problem, inputs.q.device)
+    q, k, v = aligned(inputs.q), _widened(inputs.k, instance.headdim), aligned(inputs.v)
     slopes = inputs.alibi_slopes.contiguous() if inputs.alibi_slopes is not None else None
     out = _new(q, (*q.shape[:-1], problem.headdim_v), problem.varlen)
     softmax_lse = q.new_full(lse_shape(q), float("-inf"), dtype=torch.float32)
     optional = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, slopes)
     lengths = (problem.seqlen_q, problem.seqlen_k)
     window = (problem.window_left, problem.window_right)
-    with _on(q, (q, k, v, out, softmax_lse, *optional)):
+    with launches_on(q, (q, k, v, out, softmax_lse, *optional)):
         operators.forward(
             number, q, k, v, out, softmax_lse, *optional, *lengths,
-            problem.softmax_scale, problem.softcap, *window, _stream(q),
+            problem.softmax_scale, problem.softcap, *window, stream_of(q),
         )  # fmt: skip
     return out, softmax_lse
 
@@ -92,16 +53,19 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.T
 def _dq_acc(problem: AttentionProblem, softmax_lse: torch.Tensor, splits: int) -> torch.Tensor:
     """Zeros to sum dq up in: (splits, batch, seqlen_q, nheads, headdim) or (splits, total_q, nheads, headdim) float32.
 
-    All of a head lies together, for its parts are addressed with 32 bits from its first.  Of a sequence without keys,
-    which varlen batches may have, the conversion reads two parts, in blocks of rows with no end: there has to be
-    something behind the last.
+    All of a head lies together, for its parts are addressed with 32 bits from its first.
     """
-    splits = max(splits, 2) if problem.varlen else splits
     *outer, rows = softmax_lse.shape
-    shape = (*outer, splits, rows, problem.headdim)
-    behind = _CONVERTED_ROWS * problem.headdim if problem.varlen else 0
-    zeros = softmax_lse.new_zeros(math.prod(shape) + behind)[: math.prod(shape)].view(shape)
+    zeros = softmax_lse.new_zeros((*outer, splits, rows, problem.headdim))
     return zeros.movedim(-3, 0).transpose(-2, -3)
+
+
+def _summed(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The gradient of key heads from that of the query heads that share them; (..., nheads, dim)."""
+    if group_size == 1:
+        return x
+    parts = x.unflatten(-2, (-1, group_size)).movedim(-2, 0)
+    return auxiliary.reduce(launch, parts, x.new_empty(parts.shape[1:]))
 
 
 def backward(
@@ -114,60 +78,30 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dq, dk, dv and no dsinks of one call; see :class:`flash_rocm.backends.Backend`.
 
-    Three launches: delta, the row sums of out * dout, from which a gradient of softmax_lse is subtracted; the
-    gradients, with dq summed up in float32, by atomic additions or, deterministic, in one part for each block of keys;
-    dq converted.  Heads that share one of k and v get a dk and dv each, which are added up at the end.
+    delta, the row sums of out * dout, less a gradient of softmax_lse; the gradients, with dq summed up in float32, by
+    atomic additions or, deterministic, in one part for each block of keys; dq added up and converted.  Heads that share
+    one of k and v get a dk and dv each, which are added up at the end.
     """
-    number, _, operators = _instance("backward", problem, inputs.q.device)
-    q, k, v = map(_aligned, inputs[:3])
-    out, dout, softmax_lse = _aligned(out), _aligned(dout), softmax_lse.contiguous()
+    number, _, operators = instance_of("backward", problem, inputs.q.device)
+    q, k, v = map(aligned, inputs[:3])
+    out, dout, softmax_lse = aligned(out), aligned(dout), softmax_lse.contiguous()
     slopes = inputs.alibi_slopes.contiguous() if inputs.alibi_slopes is not None else None
-    delta = torch.zeros_like(softmax_lse)
-    dq = _new(q, q.shape, problem.varlen)
+    delta = auxiliary.delta(launch, out, dout, dlse, softmax_lse)
     shape_k = (*k.shape[:-2], problem.nheads)
     dk = _new(k, (*shape_k, problem.headdim), problem.varlen)
     dv = _new(v, (*shape_k, problem.headdim_v), problem.varlen)
     dq_acc = _dq_acc(problem, softmax_lse, operators.dq_splits(number, problem.seqlen_k))
     optional = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, slopes)
-    tensors = (q, k, v, out, dout, softmax_lse, delta, dq_acc, dq, dk, dv, *optional)
+    tensors = (q, k, v, dout, softmax_lse, delta, dq_acc, dk, dv, *optional)
     lengths = (problem.seqlen_q, problem.seqlen_k)
     window = (problem.window_left, problem.window_right)
-    with _on(q, tensors):
-        for step in (_DELTA, _GRADIENTS, _CONVERT):
-            operators.backward(number, step, *tensors, *lengths, problem.softmax_scale, *window, _stream(q))
-            if step == _DELTA and dlse is not None:
-                delta.sub_(dlse)
-    if problem.group_size > 1:
-        dk, dv = (x.unflatten(-2, (problem.nheads_k, problem.group_size)).sum(-2) for x in (dk, dv))
+    with launches_on(q, tensors):
+        operators.backward(number, *tensors, *lengths, problem.softmax_scale, *window, stream_of(q))
+    dq = auxiliary.reduce(launch, dq_acc, q.new_empty(q.shape))
+    dk, dv = (_summed(x, problem.group_size) for x in (dk, dv))
     return dq, dk, dv, None
-
-
-def _refused(what: str) -> NoReturn:
-    raise NotImplementedError(f"ck: {what} is not implemented, and selection does not send it here")
 
 
 def probs(problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch.Tensor) -> torch.Tensor:
     """Only with dropout, which is refused."""
-    _refused("dropout")
-
-
-def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Refused."""
-    _refused("a K/V cache")
-
-
-def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
-    """Refused."""
-    _refused("a K/V cache")
-
-
-def combine(
-    problem: AttentionProblem, out_partial: torch.Tensor, lse_partial: torch.Tensor, out_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Refused."""
-    _refused("combining parts")
-
-
-def splits_of(problem: AttentionProblem, device: torch.device) -> int:
-    """Refused."""
-    _refused("a K/V cache")
+    raise NotImplementedError("ck: dropout is not implemented, and selection does not send it here")

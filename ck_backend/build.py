@@ -21,7 +21,9 @@ from flash_rocm._third_party import composable_kernel, rocm_root
 from flash_rocm import ck_instances
 from flash_rocm.runtime import BuildRequest
 
+from . import hipified
 from .generate import NothingToBuild, Unit, units_of, write
+from .ninja import BuildFile, joined
 
 CSRC = pathlib.Path(__file__).with_name("csrc")
 STAND_IN = "_hip_stand_in.so"
@@ -39,7 +41,11 @@ _HIP_FLAGS = (
     *("-DCK_TILE_FLOAT_TO_BFLOAT16_DEFAULT=3", "-fgpu-flush-denormals-to-zero", "-fvisibility=hidden"),
     *("-mllvm", "--lsr-drop-solution=1", "-mllvm", "-enable-post-misched=0", "-Wno-linker-warnings"),
 )
+_HOST_CODE = ("status.cpp", "core.cpp", "binding.cpp", "auxiliary_binding.cpp")
 _CXX_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}")
+
+
+COMPILER_FAILED = "a compiler failed: its text is above. Hint: MAX_JOBS=1 where memory is what ran out"
 
 
 class BuildError(RuntimeError):
@@ -81,8 +87,8 @@ def find_toolchain(request: BuildRequest, cache: pathlib.Path) -> Toolchain:
     toolchain = Toolchain(
         rocm=rocm,
         hip_compiler=compiler,
-        cxx=_find("g++", "c++", hint="apt-get install g++"),
-        cc=_find("gcc", "cc", hint="apt-get install gcc"),
+        cxx=find_program("g++", "c++", hint="apt-get install g++"),
+        cc=find_program("gcc", "cc", hint="apt-get install gcc"),
         ninja=find_ninja(),
         source=source,
         jobs=jobs_of(request.max_jobs),
@@ -94,10 +100,10 @@ def find_toolchain(request: BuildRequest, cache: pathlib.Path) -> Toolchain:
 
 def find_ninja() -> str:
     """The program, on the path or beside Python, where pip puts it; another one than last time compiles all again."""
-    return _find("ninja", str(pathlib.Path(sys.executable).with_name("ninja")), hint="pip install ninja")
+    return find_program("ninja", str(pathlib.Path(sys.executable).with_name("ninja")), hint="pip install ninja")
 
 
-def _find(*names: str, hint: str) -> str:
+def find_program(*names: str, hint: str) -> str:
     for name in names:
         found = shutil.which(name)
         if found:
@@ -116,11 +122,11 @@ def _find_rocm(home: str, stand_in: pathlib.Path) -> tuple[pathlib.Path, str]:
             f"ROCM_HOME: expected a ROCm with include/hip/hip_runtime.h and lib/llvm/bin/clang++, got {home!r}. "
             "Hint: unset it to compile without ROCm"
         )
-    compiler = _find("clang++-22", "clang++", hint="apt-get install clang-22 lld-22 llvm-22 clang-tools-22")
+    compiler = find_program("clang++-22", "clang++", hint="apt-get install clang-22 lld-22 llvm-22 clang-tools-22")
     check_clang(compiler)
     for tool in ("clang-offload-bundler", "ld.lld"):
         beside = pathlib.Path(compiler).resolve().with_name(tool)
-        _find(str(beside), f"{tool}-22", tool, hint="apt-get install lld-22 clang-tools-22")
+        find_program(str(beside), f"{tool}-22", tool, hint="apt-get install lld-22 clang-tools-22")
     return rocm_root.make(stand_in), compiler
 
 
@@ -166,6 +172,17 @@ def _probe(toolchain: Toolchain, cache: pathlib.Path) -> None:
         )
 
 
+def cxx_flags() -> str:
+    """Flags that compile host code, for the shell."""
+    torch_root = pathlib.Path(torch.__file__).parent
+    return joined([*_CXX_FLAGS, "-isystem", torch_root / "include", "-I", CSRC])
+
+
+def torch_libraries() -> str:
+    """What a library is linked to, for the shell."""
+    return joined([f"-L{pathlib.Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"])
+
+
 def hip_flags(toolchain: Toolchain, archs: Sequence[str]) -> list[str]:
     """Flags that compile an instance."""
     includes = [flag for folder in toolchain.source.include_dirs for flag in ("-isystem", str(folder))]
@@ -173,48 +190,32 @@ def hip_flags(toolchain: Toolchain, archs: Sequence[str]) -> list[str]:
     return ["-x", "hip", *targets, f"--rocm-path={toolchain.rocm}", *_HIP_FLAGS, *includes, "-I", str(CSRC)]
 
 
-def ninja_text(toolchain: Toolchain, sources: dict[Unit, pathlib.Path], work: pathlib.Path, out: pathlib.Path) -> str:
-    """The build file: one object for each unit, the core, the table, the binding; then the library and the stand-in."""
-    torch_root = pathlib.Path(torch.__file__).parent
-    cxx = " ".join([*_CXX_FLAGS, "-isystem", _quoted(torch_root / "include"), "-I", _quoted(CSRC)])
-    rules = {
-        "hip": (f"{toolchain.hip_compiler} -MD -MF $out.d $flags -c $in -o $out", "$name for $archs"),
-        "cxx": (f"{toolchain.cxx} -MD -MF $out.d {cxx} -c $in -o $out", "$name"),
-        "link": (f"{toolchain.cxx} -shared -o $out $in -L{_quoted(torch_root / 'lib')} -ltorch_cpu", "link $name"),
-        "stand_in": (f"{toolchain.cc} -O2 -fPIC -shared -o $out $in", "$name"),
-    }
-    lines = [f"builddir = {_escaped(work)}"]
-    for name, (command, description) in rules.items():
-        depfile = "  deps = gcc\n  depfile = $out.d\n" if name in ("hip", "cxx") else ""
-        lines.append(f"rule {name}\n  command = {command}\n  description = {description}\n{depfile}")
-    objects = []
-
-    def add(rule: str, source: pathlib.Path, **variables: str) -> None:
-        objects.append(_escaped(work / f"{source.stem}.o"))
-        lines.append(f"build {objects[-1]}: {rule} {_escaped(source)}\n  name = {source.stem}")
-        lines.extend(f"  {key} = {value}" for key, value in variables.items())
-
-    for unit, source in sources.items():
-        archs = unit.instance.archs
-        flags = " ".join(_quoted(flag) for flag in hip_flags(toolchain, archs))
-        add("hip", source, flags=flags, archs=", ".join(archs))
-    for source in (CSRC / "core.cpp", CSRC / "binding.cpp", work / "generated" / "table.cpp"):
-        add("cxx", source)
-    library, stand_in = out / ck_instances.LIBRARY, out / STAND_IN
-    lines.append(f"build {_escaped(library)}: link {' '.join(objects)}\n  name = {library.name}")
-    lines.append(f"build {_escaped(stand_in)}: stand_in {_escaped(CSRC / 'stand_in_hip.c')}\n  name = {stand_in.name}")
-    return "\n".join(lines) + "\n"
-
-
-def _escaped(path: pathlib.Path) -> str:
-    """A path as ninja reads it."""
-    return re.sub(r"([$ :])", r"$\1", str(path))
-
-
-def _quoted(argument: object) -> str:
-    """An argument as the shell reads it, in ninja's commands."""
-    text = str(argument).replace("$", "$$")
-    return f"'{text}'" if re.search(r"[^\w@%+=:,./$-]", text) else text
+def _build_file(
+    toolchain: Toolchain,
+    sources: dict[Unit, pathlib.Path],
+    auxiliary: Sequence[pathlib.Path],
+    archs: Sequence[str],
+    work: pathlib.Path,
+    out: pathlib.Path,
+) -> BuildFile:
+    """An object for each unit, auxiliary kernel and file of host code; the library; the stand-in."""
+    file = BuildFile(work)
+    file.rule(
+        "hip", f"{toolchain.hip_compiler} -MD -MF $out.d $flags -c $in -o $out", "$name for $archs", compiles=True
+    )
+    file.rule("cxx", f"{toolchain.cxx} -MD -MF $out.d {cxx_flags()} -c $in -o $out", "$name", compiles=True)
+    file.rule("link", f"{toolchain.cxx} -shared -o $out $in {torch_libraries()}", "link $name", compiles=False)
+    file.rule("stand_in", f"{toolchain.cc} -O2 -fPIC -shared -o $out $in", "$name", compiles=False)
+    for source, targets in (
+        *((source, unit.instance.archs) for unit, source in sources.items()),
+        *((source, archs) for source in auxiliary),
+    ):
+        file.compile("hip", source, flags=joined(hip_flags(toolchain, targets)), archs=", ".join(targets))
+    for source in (*(CSRC / name for name in _HOST_CODE), work / "generated" / "table.cpp"):
+        file.compile("cxx", source)
+    file.link("link", out / ck_instances.LIBRARY)
+    file.make("stand_in", out / STAND_IN, CSRC / "stand_in_hip.c")
+    return file
 
 
 def build(request: BuildRequest, work: pathlib.Path, out: pathlib.Path, folder: str | None = None) -> list[Unit]:
@@ -239,12 +240,12 @@ def build(request: BuildRequest, work: pathlib.Path, out: pathlib.Path, folder: 
     toolchain = find_toolchain(request, work)
     out.mkdir(parents=True, exist_ok=True)
     sources = write(work / "generated", units)
-    (work / "build.ninja").write_text(ninja_text(toolchain, sources, work, out))
+    auxiliary = hipified.write(work / "hipified")
+    file = _build_file(toolchain, sources, auxiliary, request.archs, work, out)
     # A library without its list is no library, so that an interrupted build leaves none that is half.
     (out / ck_instances.MANIFEST).unlink(missing_ok=True)
-    command = [toolchain.ninja, "-f", str(work / "build.ninja"), "-j", str(toolchain.jobs)]
-    if subprocess.run(command).returncode:
-        raise BuildError("a compiler failed: its text is above. Hint: MAX_JOBS=1 where memory is what ran out")
+    if not file.run(toolchain.ninja, toolchain.jobs):
+        raise BuildError(COMPILER_FAILED)
     contents = ck_instances.manifest(request.archs, [unit.instance for unit in units], toolchain.describe())
     (out / ck_instances.MANIFEST).write_text(json.dumps(contents, indent=1) + "\n")
     return units

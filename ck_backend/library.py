@@ -36,6 +36,16 @@ def load() -> tuple[CkLibrary, Any]:
     return library, _operators(library.folder)
 
 
+def load_auxiliary() -> Any:
+    """The operators of the auxiliary kernels, which are in the same library.
+
+    Raises:
+        LibraryError: as :func:`load` does.
+    """
+    load()
+    return torch.ops.flash_rocm_auxiliary
+
+
 @functools.cache
 def _operators(folder: pathlib.Path) -> Any:
     global _loaded

@@ -93,6 +93,8 @@ def _launch(bundle: int, name: str, grid: tuple[int, int, int], block: tuple[int
     device = virtual_device.active()
     if device is None or _tensors is None:
         raise RuntimeError("q: expected a virtual GPU in use and a call of this back end, got neither")
+    if block[1:] != (1, 1):
+        raise RuntimeError(f"{name}: expected threads of one dim, as the virtual GPU numbers them, got {block}")
     code = _code_object(bundle, name, device.arch)
     packed = bytearray(code.descriptor.kernarg_bytes)
     visible = [argument for argument in code.arguments if not argument.kind.startswith("hidden_")]
@@ -100,8 +102,7 @@ def _launch(bundle: int, name: str, grid: tuple[int, int, int], block: tuple[int
         packed[argument.offset : argument.offset + argument.size] = ctypes.string_at(arguments[index], argument.size)
     gpu = VirtualGpu(device.arch)
     _add_memory(gpu, _tensors)
-    threads = block[0] * block[1] * block[2]
-    ready = Launch(gpu, code, grid, threads, bytes(packed), device.order, owner=_tensors)
+    ready = Launch(gpu, code, grid, block[0], bytes(packed), device.order, owner=_tensors)
     (device.on_launch or Launch.run)(ready)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from flash_rocm import ck_instances, runtime
+from flash_rocm import ck_instances, cuda_library, runtime
 from flash_rocm.ck_instances import CkLibrary
 from flash_rocm.config_schema import KernelConfig, Provenance
 from flash_rocm.layer_calls import NormBackward, NormCall, NormForward, NormGradients
@@ -106,8 +106,12 @@ CK = Capability(
     module="flash_rocm._ck.backend",
     dtypes=frozenset({torch.float16, torch.bfloat16}),
     max_headdim=256,
+    max_headdim_cached=256,
     features=frozenset(
-        {*("varlen", "causal", "window", "gqa", "headdim_v", "softcap", "alibi"), *("deterministic", "backward")}
+        {
+            *("varlen", "causal", "window", "gqa", "headdim_v", "softcap", "alibi", "deterministic", "backward"),
+            *("kvcache", "paged", "append", "rotary", "cache_batch_idx", "leftpad"),
+        }
     ),
     archs=("gfx90a", "gfx942"),
 )
@@ -382,9 +386,9 @@ def load_workers() -> Any:
     return importlib.import_module("flash_rocm._triton.workers")
 
 
-def load_ck_builder() -> Any:
-    """What compiles the library of the ``ck`` back end: ``build`` and ``BuildError`` of ck_backend/build.py."""
-    return importlib.import_module("flash_rocm._ck.build")
+def load_library_builder(name: str) -> Any:
+    """What compiles a library from C++, "ck" or "cuda": ``build``, ``jobs_of`` and ``BuildError`` of its module."""
+    return importlib.import_module("flash_rocm._ck.build" if name == "ck" else "flash_rocm._ck.build_cuda")
 
 
 def load_planner() -> Planner:
@@ -415,6 +419,14 @@ class Explanation:
         return "\n".join(lines)
 
 
+def _auxiliary_configs(problem: AttentionProblem, arch: Arch) -> list[str]:
+    """The C++ kernels that a call over a K/V cache takes beside Triton's."""
+    if not problem.cached:
+        return []
+    kernels = ("append", "combine") if problem.seqlen_new else ("combine",)
+    return cuda_library.describe(kernels, arch, runtime.config_source())
+
+
 def explain_problem(problem: AttentionProblem, arch: Arch, requested: str) -> Explanation:
     """What :func:`select` would say, with every back end's reasons, without raising."""
     try:
@@ -424,7 +436,7 @@ def explain_problem(problem: AttentionProblem, arch: Arch, requested: str) -> Ex
     reasons = {name: tuple(refusal_reasons(name, problem, arch)) for name in CAPABILITIES}
     configs: tuple[str, ...] = ()
     if chosen == "triton":
-        configs = tuple(load_planner().describe_configs(problem, arch))
+        configs = (*load_planner().describe_configs(problem, arch), *_auxiliary_configs(problem, arch))
     elif chosen == "ck":
         configs = tuple(ck_instances.describe(problem, arch.name, ck_instances.built()))
     return Explanation(problem, arch, requested, chosen, reasons, configs)

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--triton", action="store_true", help="the Triton kernels")
     what.add_argument("--ck", action="store_true", help="the library of Composable Kernel, for --arch and --instances")
+    what.add_argument("--cuda", action="store_true", help="the auxiliary kernels for NVIDIA GPUs, for --arch")
     add_case_arguments(parser, TRAINING_KERNELS)
     add(
         "--instances",
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder to fill; default: triton or ck in FLASH_ROCM_CACHE_DIR, where launches find it",
+        help="folder to fill; default: triton, ck or cuda in FLASH_ROCM_CACHE_DIR, where launches find it",
     )
 
 
@@ -80,32 +81,43 @@ def tasks_of(cases: Sequence[Case], layouts: Sequence[str], source: ConfigSource
 
 def run(args: argparse.Namespace) -> int:
     """Compile and say what came of it; 1 if a kernel failed, 2 for wrong arguments."""
-    return _run_ck(args) if args.ck else _run_triton(args)
+    if args.triton:
+        return _run_triton(args)
+    return _run_library(args, "ck" if args.ck else "cuda")
 
 
-def _run_ck(args: argparse.Namespace) -> int:
+def _run_library(args: argparse.Namespace, name: str) -> int:
+    """What is compiled from C++."""
     others = {"--kernel": args.kernel, "--headdim": args.headdim}
     others |= {"--dtype": args.dtype != list(DTYPES), "--mask": args.mask != list(MASKS)}
     others["--layout"] = args.layout != list(LAYOUTS)
     for option in (option for option, value in others.items() if value):
-        print(f"flash-rocm build: {option}: expected no value with --ck. Hint: --instances", file=sys.stderr)
+        hint = " Hint: --instances" if name == "ck" else ""
+        print(f"flash-rocm build: {option}: expected no value with --{name}.{hint}", file=sys.stderr)
         return 2
-    folder = args.output or runtime.cache_dir() / "ck"
-    builder, request, source = backends.load_ck_builder(), runtime.build_request(), runtime.config_source()
+    if name == "cuda" and args.instances is not None:
+        print("flash-rocm build: --instances: expected no value without --ck", file=sys.stderr)
+        return 2
+    folder = args.output or runtime.cache_dir() / name
+    builder, request, source = backends.load_library_builder(name), runtime.build_request(), runtime.config_source()
+    work = folder.parent / ("work" if name == "ck" else f"work-{name}")
     try:
         jobs = min(args.jobs, builder.jobs_of(request.max_jobs))
         request = request._replace(archs=tuple(args.arch), max_jobs=str(jobs))
         if args.instances is not None:
             request = request._replace(instances=args.instances)
-        units = builder.build(request, folder.parent / "work", folder, source.folder if source else None)
+        if name == "ck":
+            made = len(builder.build(request, work, folder, source.folder if source else None))
+            print(f"{made} instances in {folder} for {', '.join(args.arch)}")
+        else:
+            print(f"auxiliary kernels in {folder} for {', '.join(builder.build(request, work, folder))}")
     except (builder.BuildError, ConfigError, OSError) as error:
         print(f"flash-rocm build: {error}", file=sys.stderr)
         return 1
-    print(f"{len(units)} instances in {folder} for {', '.join(args.arch)}")
-    if runtime.built_ck() != folder:
-        named = folder.name == "ck"
+    if (runtime.built_ck() if name == "ck" else runtime.built_cuda()) != folder:
+        named = folder.name == name
         print(f"calls find them with FLASH_ROCM_CACHE_DIR={folder.parent if named else '...'}", end="")
-        print("" if named else ", where this folder has to be named ck")
+        print("" if named else f", where this folder has to be named {name}")
     return 0
 
 

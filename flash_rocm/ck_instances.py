@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import pathlib
 
-from flash_rocm import config, runtime
+from flash_rocm import config, files, runtime
 from flash_rocm.config_schema import CK_VARIANTS, CkConfig, ConfigError, check_object
 from flash_rocm.problem import AttentionProblem
 
 MANIFEST, LIBRARY = "instances.json", "_C.so"
 _SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 #: Composable Kernel addresses the rows of one sequence with a 32-bit number of bytes.
-_MAX_SEQUENCE_BYTES = 1 << 31
+_MAX_BYTES = 1 << 31
 #: ... and takes the distances of ALiBi with v_sad_u16.
 _MAX_ALIBI_SEQLEN = 1 << 16
 BUILD_COMMAND = 'FLASH_ROCM_BUILD=ck FLASH_ROCM_ARCHS="{archs}" pip install --no-build-isolation .'
@@ -29,20 +28,22 @@ BUILD_COMMAND = 'FLASH_ROCM_BUILD=ck FLASH_ROCM_ARCHS="{archs}" pip install --no
 class CkInstance:
     """One compiled kernel, or for backward the three of a pass."""
 
-    kernel: str  # "forward" or "backward"
+    kernel: str  # of config_schema.CK_KERNELS
     dtype: str
     headdim: int  # the largest that it takes
     headdim_v: int
     variant: tuple[str, ...]  # of CK_VARIANTS, in that order
     archs: tuple[str, ...]
+    tile: tuple[int, int]  # rows of q and keys that a workgroup takes at a time
+    occupancy: int  # workgroups of a compute unit, 0 for Composable Kernel's choice
 
     @property
     def name(self) -> str:
         """A C identifier."""
         dims = f"d{self.headdim}" if self.headdim == self.headdim_v else f"d{self.headdim}v{self.headdim_v}"
-        layout = "varlen" if "varlen" in self.variant else "dense"
+        layout = () if self.kernel == "splitkv" else ("varlen" if "varlen" in self.variant else "dense",)
         rest = [name for name in self.variant if name != "varlen"]
-        return "_".join((self.kernel, _SHORT[self.dtype], dims, layout, *rest))
+        return "_".join((self.kernel, _SHORT[self.dtype], dims, *layout, *rest))
 
     def takes(self, kernel: str, problem: AttentionProblem, arch: str) -> bool:
         """Whether it runs one direction of a problem."""
@@ -50,14 +51,20 @@ class CkInstance:
         return (
             (self.kernel, self.dtype) == (kernel, str(problem.dtype).removeprefix("torch."))
             and arch in self.archs
-            and problem.headdim <= self.headdim
-            and problem.headdim_v <= self.headdim_v
-            and has["varlen"] == problem.varlen
+            and self._takes_layout(problem)
             and has["alibi"] == problem.alibi
             and has["softcap"] == (problem.softcap > 0.0)
             and (has["masked"] or not is_masked(problem))
-            and (has["deterministic"] or not problem.deterministic or kernel == "forward")
+            and (has["deterministic"] or not problem.deterministic or kernel != "backward")
         )
+
+    def _takes_layout(self, problem: AttentionProblem) -> bool:
+        if self.kernel == "splitkv":
+            # Over a cache, of which nothing is copied, rows are read in vectors; a tile of keys lies in one page.
+            dims = (problem.headdim, problem.headdim_v) == (self.headdim, self.headdim_v)
+            return dims and problem.page_size % self.tile[1] == 0
+        is_varlen = "varlen" in self.variant
+        return problem.headdim <= self.headdim and problem.headdim_v <= self.headdim_v and is_varlen == problem.varlen
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,20 +91,27 @@ def describe(problem: AttentionProblem, arch: str, library: CkLibrary | None) ->
     """One line for each direction of a problem that the library runs, for ``explain``."""
     if library is None:
         return []
-    kernels = ("forward", "backward") if problem.needs_grad else ("forward",)
-    numbers = [(kernel, library.find(kernel, problem, arch)) for kernel in kernels]
+    numbers = [(kernel, library.find(kernel, problem, arch)) for kernel in kernels_of(problem)]
     return [f"{kernel}: {library.instances[n].name} ({library.folder})" for kernel, n in numbers if n is not None]
 
 
+def kernels_of(problem: AttentionProblem) -> tuple[str, ...]:
+    """The kernels that a problem needs an instance of."""
+    if problem.cached:
+        return ("splitkv",)
+    return ("forward", "backward") if problem.needs_grad else ("forward",)
+
+
 def is_masked(problem: AttentionProblem) -> bool:
-    """Whether a mask hides keys, be it a causal one or a window."""
-    return problem.window_left >= 0 or problem.window_right >= 0
+    """Whether a mask hides keys, be it a causal one or a window; what is right of one query over a cache is nothing."""
+    hides_right = problem.window_right >= 0 and not (problem.cached and problem.seqlen_q == 1)
+    return problem.window_left >= 0 or hides_right
 
 
 def from_config(entry: CkConfig, arch: str) -> list[CkInstance]:
     """The instances that an entry of a config file asks for."""
     return [
-        CkInstance(entry.kernel, dtype, *entry.headdims, variant, (arch,))
+        CkInstance(entry.kernel, dtype, *entry.headdims, variant, (arch,), entry.tile_of_scores, entry.occupancy)
         for dtype in entry.dtypes
         for variant in entry.variants
     ]
@@ -114,12 +128,8 @@ def built() -> CkLibrary | None:
 
 @functools.lru_cache(maxsize=16)
 def _built(explicit: pathlib.Path | None) -> CkLibrary | None:
-    package = importlib.util.find_spec("flash_rocm._ck")
-    inside = [pathlib.Path(folder) for folder in (package and package.submodule_search_locations) or ()]
-    for folder in (*([explicit] if explicit else []), *inside):
-        if (folder / MANIFEST).is_file() and (folder / LIBRARY).is_file():
-            return _read(folder)
-    return None
+    folder = files.library_folder(explicit, MANIFEST, LIBRARY)
+    return None if folder is None else _read(folder)
 
 
 def _read(folder: pathlib.Path) -> CkLibrary:
@@ -130,7 +140,8 @@ def _read(folder: pathlib.Path) -> CkLibrary:
         contents = check_object(where, raw, ("archs", "instances", "built_with"), ("archs", "instances", "built_with"))
         names = [field.name for field in dataclasses.fields(CkInstance)]
         rows = [check_object(where, row, names, names) for row in contents["instances"]]
-        instances = tuple(CkInstance(**row | {key: tuple(row[key]) for key in ("variant", "archs")}) for row in rows)
+        tuples = ("variant", "archs", "tile")
+        instances = tuple(CkInstance(**row | {key: tuple(row[key]) for key in tuples}) for row in rows)
     except (OSError, UnicodeDecodeError, TypeError) as error:
         raise ConfigError(f"{where}: expected the list of a library's instances, {error}. {hint}") from error
     return CkLibrary(folder, tuple(contents["archs"]), instances)
@@ -167,24 +178,42 @@ def refusals(problem: AttentionProblem, arch: str, library: CkLibrary | None) ->
         part = -(-problem.seqlen_k // 64) * problem.seqlen_q * problem.headdim
         if part >= 1 << 29 or problem.batch * problem.nheads * part >= 1 << 31:
             reasons.append("deterministic, with parts of dq that are too large for Composable Kernel's 32-bit strides")
-    row = problem.nheads * max(problem.headdim, problem.headdim_v)
-    if 2 * row * max(problem.seqlen_q, problem.seqlen_k) >= _MAX_SEQUENCE_BYTES:
+    rows, rows_k = problem.seqlen_q, problem.seqlen_k
+    heads_k = problem.nheads
+    if problem.cached:
+        reasons += _cache_refusals(problem)
+        rows_k, heads_k = problem.page_size or problem.seqlen_k, problem.nheads_k
+    if 2 * max(problem.headdim, problem.headdim_v) * max(problem.nheads * rows, heads_k * rows_k) >= _MAX_BYTES:
         reasons.append("a sequence of 2 GiB or more, which Composable Kernel addresses with 32 bits")
     if library is None or reasons:
         return reasons
     if arch not in library.archs:
         command = BUILD_COMMAND.format(archs=";".join((*library.archs, arch)))
         return [f"the library is built for {', '.join(library.archs)}, not for {arch}: {command}"]
-    for kernel in ("forward", "backward") if problem.needs_grad else ("forward",):
+    for kernel in kernels_of(problem):
         if library.find(kernel, problem, arch) is None:
             reasons.append(f"no instance of the library runs the {kernel}: {_wanted(kernel, problem, arch)}")
+    return reasons
+
+
+def _cache_refusals(problem: AttentionProblem) -> list[str]:
+    """Why Composable Kernel does not run a problem over a K/V cache."""
+    reasons = []
+    if problem.headdim != problem.headdim_v:
+        reasons.append(f"headdim_v {problem.headdim_v} other than headdim over a K/V cache: no tile in the configs")
+    if problem.leftpad and problem.page_size:
+        reasons.append("leftpad in pages, of which Composable Kernel reads the padding beside the first keys")
+    # Results are (nheads, splits, rows, headdim_v) float32.  Without a mask the heads of a group are one view.
+    head = problem.batch * problem.seqlen_q * problem.headdim_v
+    if (head if is_masked(problem) or problem.alibi else 4 * head * problem.group_size) >= _MAX_BYTES:
+        reasons.append("results of 2 GiB or more, which Composable Kernel addresses with 32 bits")
     return reasons
 
 
 def _wanted(kernel: str, problem: AttentionProblem, arch: str) -> str:
     """The name that an instance for exactly this problem would have, and how it would be built."""
     used = {
-        "varlen": problem.varlen,
+        "varlen": problem.varlen and kernel != "splitkv",
         "masked": is_masked(problem) or problem.alibi,
         "alibi": problem.alibi,
         "softcap": problem.softcap > 0.0,
@@ -194,5 +223,6 @@ def _wanted(kernel: str, problem: AttentionProblem, arch: str) -> str:
     dtype = str(problem.dtype).removeprefix("torch.")
     if dtype not in _SHORT:
         return f"{dtype} has none"
-    exact = CkInstance(kernel, dtype, problem.headdim, problem.headdim_v, variant, (arch,))
-    return f"expected {exact.name} or one that takes more. Hint: build with it in the ck entries of {arch}.json"
+    exact = CkInstance(kernel, dtype, problem.headdim, problem.headdim_v, variant, (arch,), (0, 0), 0)
+    pages = f" of a tile whose keys divide pages of {problem.page_size}" if problem.page_size else ""
+    return f"expected {exact.name}{pages} or one that takes more. Hint: build with it in the ck entries of {arch}.json"

@@ -4,6 +4,8 @@ One file per arch, ``<arch>.json``; ``generic.json`` serves archs without one.  
 
     {"arch": "gfx1101", "inherits": "gfx1100"}                    another file, used whole, or
     {"arch": "gfx1100", "triton": [ENTRY, ...], "ck": [...]}      entries tried from the top
+    {"arch": "sm90", ..., "auxiliary": {"kernels": ["append", "combine"], "provenance": ...}}
+                                                    what calls take from C++ where that is built
 
     ENTRY = {"kernel": "forward" | "backward_dq" | "backward_dkdv" | "probs" | "decode" | "prefill" | "mla",
              "match": {"dtype": [...], "headdim": [min, max], "seqlen": [min, max], "page_size": [min, max],
@@ -13,9 +15,10 @@ One file per arch, ``<arch>.json``; ``generic.json`` serves archs without one.  
                         "oldest_spills": 0},                             each optional
              "provenance": {"how": "measured", "date": "2026-11-21", "compiler": "Triton 3.6", "note": "..."}}
 
-    CK ENTRY = {"kernel": "forward" | "backward", "dtype": [...], "tile": [...], "warps": [...], "warp_tile": [...],
-                "pipeline": "qr_async", "occupancy": 0, "variants": [["masked"], ["varlen", "masked"], ...],
-                "provenance": ...}                      an instance to compile for each dtype and variant
+    CK ENTRY = {"kernel": "forward" | "backward" | "splitkv", "dtype": [...], "tile": [...], "warps": [...],
+                "warp_tile": [...], "pipeline": "qr_async", "occupancy": 0,
+                "variants": [["masked"], ["varlen", "masked"], ...], "provenance": ...}
+                                                        an instance to compile for each dtype and variant
 
 ``flash_rocm/config_schema.py`` says what each value means and checks it.  The user's overrides, in the order
 of their strength: ``FLASH_ROCM_KERNEL_CONFIG``, ``FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON`` (forward only),

@@ -37,15 +37,24 @@ LIMITS = {"vgpr_spills": 0, "loop_scratch": 0, "waves_per_simd": 1, "R": 0, "old
 HOW = ("measured", "model", "static model", "inherited", "first choice")
 PROVENANCE_KEYS = ("how", "date", "compiler", "note")
 ENTRY_KEYS = ("kernel", "match", "options", "limits", "provenance")
-FILE_KEYS = ("arch", "inherits", "triton", "ck")
-CK_KERNELS = ("forward", "backward")
+FILE_KEYS = ("arch", "inherits", "triton", "ck", "auxiliary")
+#: Kernels that calls on NVIDIA GPUs can take from C++ or from Triton.
+AUXILIARY_KERNELS = ("append", "combine")
+CK_KERNELS = ("forward", "backward", "splitkv")
 CK_DTYPES = ("float16", "bfloat16")
 #: Pipelines of each kernel; those of AMD's matrix cores with 64 lanes.
-CK_PIPELINES = {"forward": ("qr", "qr_async"), "backward": ("kr_ktr_vr",)}
-#: What an instance may be compiled for; one that is "masked" also takes calls without a mask.
+CK_PIPELINES = {"forward": ("qr", "qr_async"), "backward": ("kr_ktr_vr",), "splitkv": ("qr",)}
+#: What an instance may be compiled for; one that is "masked" also takes calls without a mask, and one of splitkv dense
+#: and varlen queries over caches with pages and without.
 CK_VARIANTS = ("varlen", "masked", "alibi", "softcap", "deterministic")
 #: Numbers in each list of an entry.
-CK_LENGTHS = {"forward": {"tile": 6, "warps": 3, "warp_tile": 3}, "backward": {"tile": 9, "warps": 9, "warp_tile": 6}}
+CK_LENGTHS = {
+    "forward": {"tile": 6, "warps": 3, "warp_tile": 3},
+    "backward": {"tile": 9, "warps": 9, "warp_tile": 6},
+    "splitkv": {"tile": 6, "warps": 3, "warp_tile": 3},
+}
+#: Variants that a kernel does not have.
+_CK_LACKS = {"forward": {"deterministic"}, "backward": {"softcap"}, "splitkv": {"varlen", "deterministic"}}
 CK_KEYS = ("kernel", "dtype", "tile", "warps", "warp_tile", "pipeline", "occupancy", "variants", "provenance")
 _UNLIMITED = 1 << 30
 
@@ -194,8 +203,8 @@ class CkConfig:
     """One entry of a file's ``ck`` section: instances of a Composable Kernel pipeline, one for each dtype and variant.
 
     Attributes:
-        tile: forward M0, N0, K0, N1 (the head dim of v), K1 and the head dim of q; backward M0, N0, K0 to K4 and the
-            head dims of q and v.
+        tile: forward, splitkv: M0, N0, K0, N1 (the head dim of v), K1 and the head dim of q; backward M0, N0, K0 to
+            K4 and the head dims of q and v.
         warps: in M, N, K; backward: of S and dP, of dK and dV, of dQ.
         warp_tile: of one matrix instruction in M, N, K; backward: of S, dP and dQ, of dK and dV.
         occupancy: workgroups per compute unit, 0 for CK's choice.
@@ -216,7 +225,12 @@ class CkConfig:
     @property
     def headdims(self) -> tuple[int, int]:
         """The largest head dims of q and v."""
-        return (self.tile[5], self.tile[3]) if self.kernel == "forward" else (self.tile[7], self.tile[8])
+        return (self.tile[7], self.tile[8]) if self.kernel == "backward" else (self.tile[5], self.tile[3])
+
+    @property
+    def tile_of_scores(self) -> tuple[int, int]:
+        """Rows of q and keys of a tile."""
+        return self.tile[0], self.tile[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +240,7 @@ class ArchConfigs:
     arch: str
     triton: tuple[Entry, ...]
     ck: tuple[CkConfig, ...]
+    auxiliary: tuple[str, ...] = ()  # of AUXILIARY_KERNELS: those that calls take from C++ where it is built
 
 
 # --------------------------------------------------------------------------------------------------
@@ -369,9 +384,9 @@ def _check_names(where: str, raw: Any, choices: tuple[str, ...]) -> tuple[str, .
 def _check_variant(where: str, kernel: str, raw: Any) -> tuple[str, ...]:
     """The names in the order of :data:`CK_VARIANTS`, if Composable Kernel has what they ask for together."""
     variant = set(_check_names(where, raw, CK_VARIANTS))
-    other = {"forward": "deterministic", "backward": "softcap"}[kernel]
+    lacks = sorted(_CK_LACKS[kernel] & variant)
     reasons = {
-        f"{other}, which is not for {kernel}": other in variant,
+        f"{', '.join(lacks)}, which is not for {kernel}": bool(lacks),
         "alibi without masked, whose corner its distances are from": "alibi" in variant and "masked" not in variant,
         "alibi with softcap, which Composable Kernel does not combine": {"alibi", "softcap"} <= variant,
     }
@@ -394,11 +409,20 @@ def _check_ck_entry(where: str, source: str, raw: Any) -> CkConfig:
         dtypes=dtypes,
         **numbers,
         pipeline=_check_choice(f"{where}.pipeline", entry["pipeline"], CK_PIPELINES[kernel]),
-        occupancy=_check_integer(f"{where}.occupancy", entry["occupancy"], 0),
+        # Into how many parts keys are divided follows from it.
+        occupancy=_check_integer(f"{where}.occupancy", entry["occupancy"], 1 if kernel == "splitkv" else 0),
         variants=tuple(_check_variant(f"{where}.variants[{i}]", kernel, names) for i, names in enumerate(variants)),
         provenance=check_provenance(f"{where}.provenance", entry["provenance"]),
         source=source,
     )
+
+
+def _check_auxiliary(where: str, raw: Any, arch: str) -> tuple[str, ...]:
+    entry = check_object(where, raw, ("kernels", "provenance"), ("kernels", "provenance"))
+    if not arch.startswith("sm"):
+        raise ConfigError(f"{where}: expected it for archs of NVIDIA, got it for {arch}")
+    check_provenance(f"{where}.provenance", entry["provenance"])
+    return _check_names(f"{where}.kernels", entry["kernels"], AUXILIARY_KERNELS)
 
 
 def check_file(path: str, shown: str, arch: str, raw: Any, served: Sequence[str] = ()) -> ArchConfigs | str:
@@ -432,4 +456,5 @@ def check_file(path: str, shown: str, arch: str, raw: Any, served: Sequence[str]
             _check_ck_entry(f"{path}: ck[{index}]", f"{shown} ck[{index}]", entry)
             for index, entry in enumerate(contents.get("ck", []))
         ),
+        _check_auxiliary(f"{path}.auxiliary", contents["auxiliary"], arch) if "auxiliary" in contents else (),
     )

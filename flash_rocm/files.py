@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import pathlib
 import tempfile
@@ -58,3 +59,11 @@ def _acquired(handle: int, deadline: float) -> bool:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(_POLL_SECONDS)
+
+
+def library_folder(explicit: pathlib.Path | None, *names: str) -> pathlib.Path | None:
+    """The folder of a library that was compiled from C++: one that holds all of its files, the package's own last."""
+    package = importlib.util.find_spec("flash_rocm._ck")
+    inside = [pathlib.Path(folder) for folder in (package and package.submodule_search_locations) or ()]
+    folders = (*([explicit] if explicit else []), *inside)
+    return next((folder for folder in folders if all((folder / name).is_file() for name in names)), None)

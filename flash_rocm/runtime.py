@@ -202,6 +202,11 @@ def built_ck() -> pathlib.Path | None:
     return _built_in_cache("ck")
 
 
+def built_cuda() -> pathlib.Path | None:
+    """Where ``flash-rocm build --cuda`` has put its library: ``cuda`` in an explicit ``FLASH_ROCM_CACHE_DIR``."""
+    return _built_in_cache("cuda")
+
+
 def _built_in_cache(name: str) -> pathlib.Path | None:
     if not _variables.get(b"FLASH_ROCM_CACHE_DIR"):
         return None
@@ -210,13 +215,14 @@ def _built_in_cache(name: str) -> pathlib.Path | None:
 
 
 class BuildRequest(NamedTuple):
-    """What the variables say of a build of the ``ck`` back end, unchecked."""
+    """What the variables say of a build of the ``ck`` back end or of the kernels for CUDA, unchecked."""
 
     archs: tuple[str, ...]  # FLASH_ROCM_ARCHS, or GPU_ARCHS as other ROCm projects call it
     instances: str  # FLASH_ROCM_INSTANCES, patterns of names with commas between
     ck_home: str
     rocm_home: str  # only if set
     max_jobs: str
+    cuda_home: str = ""
 
 
 def build_request() -> BuildRequest:
@@ -228,6 +234,7 @@ def build_request() -> BuildRequest:
         os.environ.get("CK_HOME") or "",
         os.environ.get("ROCM_HOME") or "",
         os.environ.get("MAX_JOBS") or "",
+        os.environ.get("CUDA_HOME") or "",
     )
 
 

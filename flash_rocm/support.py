@@ -59,6 +59,10 @@ _USES: dict[str, dict[str, object]] = {
 }
 
 
+#: Where a back end lacks a feature as above, the part of it that it may have.
+_PARTS: dict[str, tuple[str, dict[str, object]]] = {"paged": ("multiples of 64", {"cached": True, "page_size": 64})}
+
+
 def problem_with(feature: str, needs_grad: bool = False) -> AttentionProblem:
     """A call that uses a feature, and what that brings along."""
     problem = dataclasses.replace(_PLAIN, **_USES[feature])  # type: ignore[arg-type]
@@ -66,10 +70,12 @@ def problem_with(feature: str, needs_grad: bool = False) -> AttentionProblem:
 
 
 def answer(name: str, feature: str) -> str:
-    """``yes``, ``forward`` (only) or ``no``: what a back end that is installed and built does with a feature."""
+    """``yes``, ``no``, ``forward`` (only) or another part: what a back end, installed and built, does with a feature."""
     arch = runtime.arch_named((backends.CAPABILITIES[name].archs or ("cpu",))[0])
     if backends.incapacities(name, problem_with(feature), arch):
-        return "no"
+        part, fields = _PARTS.get(feature, ("no", {}))
+        partly = dataclasses.replace(problem_with(feature), **fields)  # type: ignore[arg-type]
+        return "no" if backends.incapacities(name, partly, arch) else part
     if feature in CACHE_FEATURES or not backends.incapacities(name, problem_with(feature, True), arch):
         return "yes"
     return "forward"
@@ -97,8 +103,19 @@ def headdims(capability: Capability) -> str:
     arch = runtime.arch_named((capability.archs or ("cpu",))[0])
     odd = dataclasses.replace(_PLAIN, headdim=65, headdim_v=65)
     reach = "multiples of 8 up to" if backends.incapacities(capability.name, odd, arch) else "1 to"
-    cached = f", {capability.max_headdim_cached} over a K/V cache" if capability.max_headdim_cached else ""
+    cached = f", {_headdims_cached(capability, arch)} over a K/V cache" if capability.max_headdim_cached else ""
     return f"{reach} {capability.max_headdim}{cached}"
+
+
+def _headdims_cached(capability: Capability, arch: runtime.Arch) -> str:
+    """The largest head dim, or all of them where they are few."""
+    largest = capability.max_headdim_cached
+
+    def takes(dim: int) -> bool:
+        problem = dataclasses.replace(problem_with("kvcache"), headdim=dim, headdim_v=dim)
+        return not backends.incapacities(capability.name, problem, arch)
+
+    return str(largest) if takes(8) else ", ".join(str(dim) for dim in range(8, largest + 1, 8) if takes(dim))
 
 
 def table() -> list[list[str]]:

@@ -43,15 +43,16 @@ RUN = {
 #: Likewise, of what a build looks at.
 BUILD = {
     "FLASH_ROCM_BUILD": (
-        "of `pip install`: `none` (default) or `ck`, which compiles the Composable Kernel library; `cuda` stops: "
-        "there is nothing to compile"
+        "of `pip install`: `none` (default); `ck`, which compiles the Composable Kernel library; `cuda`, which compiles "
+        "append and combine in C++ for NVIDIA GPUs ([ck.md](ck.md#the-auxiliary-kernels))"
     ),
-    "FLASH_ROCM_ARCHS": 'archs of that library, `"gfx90a;gfx942"`',
+    "FLASH_ROCM_ARCHS": 'archs of that library, `"gfx90a;gfx942"` or `"sm80;sm90"`',
     "GPU_ARCHS": "the same, as other ROCm projects call it; `FLASH_ROCM_ARCHS` wins",
     "FLASH_ROCM_INSTANCES": (
         'patterns of the instances to compile, with commas between, such as `"forward_bf16_d128*"`; default: all'
     ),
     "CK_HOME": "a clone of Composable Kernel to compile against, instead of the pinned one",
+    "CUDA_HOME": "the CUDA toolkit whose nvcc a build takes; default: nvcc on the path, or /usr/local/cuda",
     "ROCM_HOME": (
         "where ROCm is (`/opt/rocm`); `flash-rocm inspect --object` looks for its disassembler, a build for its "
         "compiler there"

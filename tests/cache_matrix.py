@@ -7,8 +7,10 @@ import itertools
 import random
 from collections.abc import Iterator
 
+from ck_library import ARCHS, library_of_tests
+
 import flash_rocm
-from flash_rocm import cache_ops
+from flash_rocm import cache_ops, ck_instances
 from flash_rocm.backends import CAPABILITIES
 from flash_rocm.problem import AttentionProblem, CacheInputs
 from flash_rocm.testing import CacheCall, assert_cached_close, make_cache_inputs, make_problem
@@ -62,7 +64,19 @@ class Scope:
     rounds: int  # cases for each feature and dtype
     headdims: tuple[int, ...] = (16, 32, 40, 64)
     queries: tuple[int, ...] = (1, 1, 2, 7, 33)
+    page_sizes: tuple[int, ...] = PAGE_SIZES
+    without: frozenset[str] = frozenset()  # of COMBINED, what the back end refuses
+    apart: tuple[frozenset[str], ...] = ()  # what it does not combine
 
+    @property
+    def combined(self) -> tuple[str, ...]:
+        """Names that cases combine."""
+        return tuple(name for name in COMBINED if name not in self.without)
+
+
+#: What Composable Kernel has no instance for, and what it does not combine.
+_NOT_CK = frozenset({"headdim_v", "sinks", "qv", "attention_chunk", "large_head"})
+_CK_APART = tuple(map(frozenset, ({"leftpad", "paged"}, {"leftpad", "paged_prefill"}, {"alibi", "softcap"})))
 
 SCOPES = (
     Scope("cpu", "reference", 70, 2),
@@ -70,31 +84,50 @@ SCOPES = (
     Scope("cuda", "triton", 700, 8, headdims=(32, 40, 64, 80, 96, 128, 192, 256, 512), queries=(1, 1, 3, 17, 130)),
     Scope("cuda", "reference", 70, 1),
     *(Scope(f"virtual:{arch}", "triton", 90, 1) for arch in ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")),
+    *(
+        Scope(f"virtual:{arch}", "ck", 150, 1, (64, 128), page_sizes=(64, 128), without=_NOT_CK, apart=_CK_APART)
+        for arch in ARCHS
+    ),
 )
 
 
-def _feature_sets(rng: random.Random, rounds: int) -> Iterator[tuple[str, ...]]:
+def _feature_sets(rng: random.Random, scope: Scope) -> Iterator[tuple[str, ...]]:
     """Each feature alone, and with one or two others."""
-    for feature in COMBINED:
-        for number in range(rounds):
-            others = rng.sample(COMBINED[1:], number % 3 if rounds > 1 else rng.randint(0, 2))
+    combined = scope.combined
+    for feature in combined:
+        for number in range(scope.rounds):
+            others = rng.sample(combined[1:], number % 3 if scope.rounds > 1 else rng.randint(0, 2))
             found = tuple(dict.fromkeys((feature, *others)))
-            while any(pair <= set(found) for pair in _EXCLUSIVE):
+            while any(pair <= set(found) for pair in (*_EXCLUSIVE, *scope.apart)):
                 found = found[:-1]
             yield found
 
 
 def cases(scope: Scope) -> Iterator[Case]:
     """All cases of a target, the same in every process."""
-    sizes = itertools.cycle(PAGE_SIZES)
+    sizes = itertools.cycle(scope.page_sizes)
     seed = 0
     for dtype in sorted(CAPABILITIES[scope.backend].dtypes, key=str):
         rng = random.Random(f"{scope.backend}{scope.target}{dtype}")
-        for features in _feature_sets(rng, scope.rounds):
+        for features in _feature_sets(rng, scope):
             seed += 1
             # Each size in turn, whatever comes between calls over pages.
             page_size = next(sizes) if {"paged", "paged_prefill"} & set(features) else 0
-            yield _case(rng, scope, dtype, features, seed, page_size)
+            if scope.backend != "ck":
+                yield _case(rng, scope, dtype, features, seed, page_size)
+                continue
+            # The library of the tests has few instances.
+            wanted = (*[features] * _DRAWS, *[features[:1]] * _DRAWS)
+            drawn = (_case(rng, scope, dtype, some, seed, page_size) for some in wanted)
+            yield from itertools.islice(filter(_has_instance, drawn), 1)
+
+
+#: Cases that are drawn for features until the library of the tests runs one, and as many for the first of them alone.
+_DRAWS = 10
+
+
+def _has_instance(case: Case) -> bool:
+    return not ck_instances.refusals(case.problem, case.target.partition(":")[2], library_of_tests())
 
 
 def _case(

@@ -8,6 +8,7 @@ from typing import Any
 
 import cache_matrix
 import pytest
+from ck_library import library_of_tests
 
 _MARKS: dict[str, list[pytest.MarkDecorator]] = {
     "cuda": [pytest.mark.gpu],
@@ -17,9 +18,13 @@ _MARKS: dict[str, list[pytest.MarkDecorator]] = {
 }
 
 
+def _marks(scope: cache_matrix.Scope) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.ck] if scope.backend == "ck" else _MARKS[scope.target.partition(":")[0]]
+
+
 def _parameters() -> list[Any]:
     return [
-        pytest.param(case, id=str(case), marks=_MARKS[scope.target.partition(":")[0]])
+        pytest.param(case, id=str(case), marks=_marks(scope))
         for scope in cache_matrix.SCOPES
         for case in cache_matrix.cases(scope)
     ]
@@ -35,4 +40,12 @@ def test_cache_matrix(case: cache_matrix.Case, count_case: Callable[..., None]) 
 def test_cache_matrix_covers_every_feature(scope: cache_matrix.Scope) -> None:
     counts = Counter((case.problem.dtype, feature) for case in cache_matrix.cases(scope) for feature in case.features)
     dtypes = cache_matrix.CAPABILITIES[scope.backend].dtypes
-    assert all(counts[dtype, feature] >= scope.rounds for dtype in dtypes for feature in cache_matrix.COMBINED)
+    if scope.backend == "ck":  # each instance that the library of the tests has, and with it each dtype
+        assert {feature for _, feature in counts} == set(scope.combined)
+        found, arch = library_of_tests(), scope.target.partition(":")[2]
+        numbers = {found.find("splitkv", case.problem, arch) for case in cache_matrix.cases(scope)}
+        assert {found.instances[n] for n in numbers if n is not None} == {
+            instance for instance in found.instances if instance.kernel == "splitkv"
+        }
+    else:
+        assert all(counts[dtype, feature] >= scope.rounds for dtype in dtypes for feature in scope.combined)

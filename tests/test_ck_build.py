@@ -69,7 +69,7 @@ def test_table_and_manifest_have_one_order() -> None:
     table = generate.table_of(units)
     assert re.findall(r'\{"(\w+)"', table) == [unit.name for unit in units]
     assert f"instance_count = {len(units)};" in table
-    assert len({unit.name for unit in units}) == len(units) <= 60
+    assert len({unit.name for unit in units}) == len(units) <= 76
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,7 +77,8 @@ def test_a_source_says_what_its_name_says(name: str) -> None:
     (unit,) = generate.units_of(ARCHS, [name])
     text = generate.source_of(unit)
     assert unit.instance.archs == ARCHS
-    for variant, flag in (("varlen", "kVarlen"), ("masked", "kMasked"), ("alibi", "kAlibi")):
+    flags = {"varlen": "kVarlen", "masked": "kMasked", "alibi": "kAlibi"}
+    for variant, flag in flags.items() if not name.startswith("splitkv") else [*flags.items()][1:]:
         assert f"{flag} = {str(variant in name).lower()};" in text
     rounded = "#define CK_TILE_FMHA_FLOAT_TO_FLOAT16_RTN 1"
     assert (rounded in text.partition("#include")[0]) == name.startswith("forward_fp16")
@@ -269,7 +270,9 @@ def test_rocm_root_is_made_once_for_each_triton(tmp_path: pathlib.Path, monkeypa
         assert rocm_root.make(root, tmp_path / amd) == root
         assert len(made) == count
     assert (root / "share/hip/version").read_text().startswith("HIP_VERSION_MAJOR=7\nHIP_VERSION_MINOR=1\n")
-    assert (root / "include/hip/hip_fp16.h").is_file() and (root / "amdgcn/bitcode/oclc_abi_version_600.bc").is_file()
+    assert "__half2float" in (root / "include/hip/hip_fp16.h").read_text()
+    assert "__float2bfloat16" in (root / "include/hip/hip_bf16.h").read_text()
+    assert (root / "amdgcn/bitcode/oclc_abi_version_600.bc").is_file()
 
 
 @dataclasses.dataclass
@@ -382,6 +385,14 @@ def test_a_library_is_found_by_its_cache_folder(tmp_path: pathlib.Path, monkeypa
         ({"headdim": 200}, "no instance of the library runs the forward: expected forward_bf16_d200_dense or"),
         ({"needs_grad": True, "alibi": True}, "runs the backward: expected backward_bf16_d128_dense_masked_alibi"),
         ({"dtype": torch.float32}, "dtype float32 is not one of bfloat16, float16"),
+        ({"cached": True, "page_size": 16}, "splitkv_bf16_d128 of a tile whose keys divide pages of 16 or one"),
+        ({"cached": True, "headdim": 80}, "no instance of the library runs the splitkv: expected splitkv_bf16_d80 or"),
+        ({"cached": True, "headdim_v": 64}, "headdim_v 64 other than headdim over a K/V cache"),
+        ({"cached": True, "page_size": 64, "leftpad": True}, "leftpad in pages, of which Composable Kernel reads"),
+        ({"cached": True, "qv": True}, "qv is not implemented"),
+        ({"cached": True, "attention_chunk": 5}, "attention_chunk is not implemented"),
+        ({"cached": True, "seqlen_k": 1 << 23}, "a sequence of 2 GiB or more"),
+        ({"cached": True, "batch": 1 << 9, "seqlen_q": 1 << 13}, "results of 2 GiB or more"),
     ],
 )
 def test_refusals_have_reasons(
@@ -395,6 +406,16 @@ def test_refusals_have_reasons(
     assert backends.select(problem, GFX942, "auto") == "triton"
     with pytest.raises(backends.BackendError, match=re.escape(words)):
         backends.select(problem, GFX942, "ck")
+
+
+def test_long_caches_are_taken(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is a sequence of the heads of k, and of pages one page."""
+    install(tmp_path / "ck", list(library_of_tests().instances), ARCHS)
+    monkeypatch.setenv("FLASH_ROCM_CACHE_DIR", str(tmp_path))
+    shape: dict[str, Any] = dict(dtype=torch.bfloat16, headdim=128, cached=True, seqlen_q=1, nheads=64, nheads_k=8)
+    for fields in ({"seqlen_k": 1 << 19}, {"seqlen_k": 1 << 29, "page_size": 64}):
+        assert not backends.refusal_reasons("ck", make_problem(**shape | fields), GFX942)
+    assert backends.refusal_reasons("ck", make_problem(**shape | {"seqlen_k": 1 << 20}), GFX942)
 
 
 def test_a_library_without_the_chip(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,5 +456,9 @@ def test_the_smallest_head_dim_and_then_the_first_is_taken() -> None:
     assert taken(headdim=72, headdim_v=72) == "forward_fp16_d96v128_dense_masked"
     assert taken(headdim=136, headdim_v=128) == "forward_fp16_d192v128_dense_masked"
     assert taken(headdim=136, headdim_v=136) == "forward_fp16_d192_dense_masked"
+    assert taken("splitkv", headdim=64, cached=True) == "splitkv_fp16_d64"
+    assert taken("splitkv", headdim=64, cached=True, seqlen_q=1, window_right=0, varlen=True) == "splitkv_fp16_d64"
+    assert taken("splitkv", headdim=64, cached=True, seqlen_q=2, window_right=0) == "splitkv_fp16_d64_masked"
+    assert taken("splitkv", headdim=128, cached=True, seqlen_q=1, alibi=True) == "splitkv_fp16_d128_masked_alibi"
     assert taken("backward", headdim=64) == "backward_fp16_d64_dense_masked"
     assert taken("backward", headdim=64, deterministic=True) == "backward_fp16_d64_dense_masked_deterministic"

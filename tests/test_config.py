@@ -137,12 +137,13 @@ def test_schema_json_documents_what_is_checked() -> None:
         config_schema.CK_KERNELS: ck["properties"]["kernel"],
         config_schema.CK_DTYPES: ck["properties"]["dtype"]["items"],
         config_schema.CK_VARIANTS: ck["properties"]["variants"]["items"]["items"],
-        tuple(itertools.chain(*config_schema.CK_PIPELINES.values())): ck["properties"]["pipeline"],
+        tuple(dict.fromkeys(itertools.chain(*config_schema.CK_PIPELINES.values()))): ck["properties"]["pipeline"],
     }
-    for kernel, rule in (("forward", ck["then"]), ("backward", ck["else"])):
+    for kernel, rule in zip(config_schema.CK_KERNELS, ck["allOf"], strict=True):
+        assert rule["if"] == {"properties": {"kernel": {"const": kernel}}}
         pipelines = {"pipeline": {"enum": list(config_schema.CK_PIPELINES[kernel])}}
         lengths = {key: {"minItems": n, "maxItems": n} for key, n in config_schema.CK_LENGTHS[kernel].items()}
-        assert rule["properties"] == lengths | pipelines
+        assert rule["then"]["properties"] == lengths | pipelines
     for allowed, documented in choices.items():
         assert tuple(documented["enum"]) == allowed
     minima = {name: rule.get("minimum", rule.get("exclusiveMinimum")) for name, rule in limits["properties"].items()}
@@ -299,6 +300,18 @@ WRONG = {
     "ck variant of the other kernel": (
         {"ck": [CK_BACKWARD | {"variants": [["softcap"]]}]},
         "ck[0].variants[0]: expected another set, got softcap, which is not for backward",
+    ),
+    "ck variant of splitkv": (
+        {"ck": [CK_ENTRY | {"kernel": "splitkv", "pipeline": "qr", "variants": [["varlen"]]}]},
+        "ck[0].variants[0]: expected another set, got varlen, which is not for splitkv",
+    ),
+    "ck pipeline of splitkv": (
+        {"ck": [CK_ENTRY | {"kernel": "splitkv"}]},
+        "ck[0].pipeline: expected one of qr, got 'qr_async'",
+    ),
+    "ck occupancy of splitkv": (
+        {"ck": [CK_ENTRY | {"kernel": "splitkv", "pipeline": "qr", "occupancy": 0, "variants": [[]]}]},
+        "ck[0].occupancy: expected a whole number >= 1, got 0",
     ),
     "ck alibi alone": (
         {"ck": [CK_ENTRY | {"variants": [["alibi"]]}]},

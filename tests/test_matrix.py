@@ -56,7 +56,8 @@ def test_ck_matrix_covers_every_feature(scope: matrix.Scope) -> None:
     library, arch = library_of_tests(), scope.target.partition(":")[2]
     directions = [(kernel, c) for c in cases for kernel in ("forward", "backward")[: 1 + c.backward]]
     numbers = {library.find(kernel, c.problem, arch) for kernel, c in directions}
-    assert numbers >= set(range(len(library.instances)))
+    # Those over a K/V cache are a matter of cache_matrix.py.
+    assert numbers >= {n for n, instance in enumerate(library.instances) if instance.kernel != "splitkv"}
 
 
 @pytest.mark.parametrize("scope", [s for s in matrix.SCOPES if s.sparse], ids=lambda scope: scope.target)

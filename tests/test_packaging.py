@@ -15,6 +15,7 @@ import zipfile
 
 import clean_environment
 import pytest
+from test_cuda_library import nvcc_that_says
 
 # Wheels are built once, not by every worker.
 pytestmark = pytest.mark.xdist_group("packaging")
@@ -123,7 +124,7 @@ def test_a_wheel_with_the_compiled_library(tmp_path: pathlib.Path) -> None:
         listed = json.loads(archive.read("flash_rocm/_ck/instances.json"))
     assert {f"flash_rocm/_ck/{name}" for name in ("_C.so", "_hip_stand_in.so", "backend.py", "csrc/core.cpp")} <= names
     assert not {name for name in names if name.endswith((".o", ".ninja")) or "/generated/" in name}
-    assert listed["archs"] == ["gfx90a", "gfx942"] and len(listed["instances"]) == 13
+    assert listed["archs"] == ["gfx90a", "gfx942"] and len(listed["instances"]) == 17
     assert {instance["headdim"] for instance in listed["instances"]} == {128}
     installed = tmp_path / "installed"
     with zipfile.ZipFile(path) as archive:
@@ -137,6 +138,21 @@ def test_a_wheel_with_the_compiled_library(tmp_path: pathlib.Path) -> None:
     """
     out = run(code, installed)
     assert "back end: ck" in out and "config backward: backward_bf16_d128_dense_masked (" in out
+
+
+def test_a_wheel_for_cuda(tmp_path: pathlib.Path) -> None:
+    """All of a build but nvcc."""
+    if shutil.which("g++") is None or not shutil.which("ninja", path=f"{pathlib.Path(sys.executable).parent}:/usr/bin"):
+        pytest.skip("needs g++ and ninja")
+    home = nvcc_that_says(tmp_path / "cuda", "Cuda compilation tools, release 13.0, V13.0.48")
+    variables = {"FLASH_ROCM_BUILD": "cuda", "FLASH_ROCM_ARCHS": "sm90", "CUDA_HOME": str(home), "MAX_JOBS": "1"}
+    path = build_wheel(copy_of_tree(tmp_path / "source"), tmp_path / "out", variables)
+    assert re.fullmatch(r"flash_rocm-[\d.]+\+cuda\.sm90-py3-none-\w+\.whl", path.name) and "any" not in path.name
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+        listed = json.loads(archive.read("flash_rocm/_ck/cuda.json"))
+    assert listed["archs"] == ["sm90"]
+    assert "flash_rocm/_ck/_CUDA.so" in names and not {name for name in names if name.endswith((".o", ".ninja"))}
 
 
 def run(code: str, path: pathlib.Path, **variables: str) -> str:
@@ -379,13 +395,15 @@ def test_import_is_quick(installed: pathlib.Path) -> None:
     assert times[2] < IMPORT_LIMIT_S, times
 
 
-@pytest.mark.parametrize(("request_", "words"), [("CUDA", "no compiled"), ("x", "expected ck, cuda or none")])
+@pytest.mark.parametrize(
+    ("request_", "words"), [("CUDA", "FLASH_ROCM_ARCHS: expected archs of NVIDIA"), ("x", "expected ck, cuda or none")]
+)
 def test_a_compiled_build_is_refused(request_: str, words: str) -> None:
     """Asking for what cannot be built fails, instead of building something else."""
     child = subprocess.run(
-        [sys.executable, "setup.py", "--version"],
+        [sys.executable, "setup.py", "-q", "build_ext"],
         cwd=ROOT,
-        env={**os.environ, "FLASH_ROCM_BUILD": request_},
+        env={**os.environ, "FLASH_ROCM_BUILD": request_, "FLASH_ROCM_ARCHS": "gfx942"},
         capture_output=True,
         text=True,
     )

@@ -1,13 +1,14 @@
 """A stand-in for ``/opt/rocm``, made of what PyPI and apt have: compiles HIP code where no ROCm is.
 
 The wheel of Triton carries AMD's HIP headers and device libraries.  Besides them the compiler wants a version file,
-two headers, and one-constant bitcode modules that say how the device libraries are to behave.  Only the standard
+three headers, and one-constant bitcode modules that say how the device libraries are to behave.  Only the standard
 library is needed:  ``python third_party/rocm_root.py FOLDER`` fills a folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import pathlib
 import re
@@ -23,6 +24,35 @@ _SWITCHES = ("daz_opt", "unsafe_math", "finite_only", "correctly_rounded_sqrt", 
 _GLOBALS = {"unsafe_math": "unsafe_math_opt", "finite_only": "finite_only_opt"}
 _GLOBALS["correctly_rounded_sqrt"] = "correctly_rounded_sqrt32"
 _SHIM = "#pragma once\n#include <cassert>\n#include <hip/hip_runtime.h>\n"
+#: Headers that the wheel lacks, with as much of HIP's 16-bit numbers as the auxiliary kernels take.
+_HEADERS = {
+    "hip_bfloat16.h": _SHIM,
+    "hip_fp16.h": _SHIM
+    + """
+struct __half {
+    _Float16 value;
+};
+__host__ __device__ inline float __half2float(__half x) { return x.value; }
+__host__ __device__ inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
+""",
+    # Rounded to the nearest even one; a NaN stays one whatever its bits are.
+    "hip_bf16.h": _SHIM
+    + """
+struct __hip_bfloat16 {
+    unsigned short bits;
+};
+__host__ __device__ inline float __bfloat162float(__hip_bfloat16 x)
+{
+    return __builtin_bit_cast(float, static_cast<unsigned>(x.bits) << 16);
+}
+__host__ __device__ inline __hip_bfloat16 __float2bfloat16(float x)
+{
+    const unsigned bits = __builtin_bit_cast(unsigned, x);
+    const unsigned even = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return {static_cast<unsigned short>((x != x ? bits | 0x400000u : even) >> 16)};
+}
+""",
+}
 _READY = ".complete"
 
 
@@ -58,7 +88,8 @@ def make(folder: pathlib.Path, amd: pathlib.Path | None = None) -> pathlib.Path:
         RocmRootError: Triton or LLVM's assembler is not here.
     """
     amd, ready = amd or _triton_amd(), folder / _READY
-    made_of = f"{amd} {(amd / 'lib/ocml.bc').stat().st_mtime_ns}\n"
+    headers = hashlib.sha256(repr(_HEADERS).encode()).hexdigest()
+    made_of = f"{amd} {(amd / 'lib/ocml.bc').stat().st_mtime_ns} {headers}\n"
     if ready.is_file() and ready.read_text() == made_of:
         return folder
     if shutil.which(LLVM_AS) is None:
@@ -66,8 +97,8 @@ def make(folder: pathlib.Path, amd: pathlib.Path | None = None) -> pathlib.Path:
     bitcode = folder / "amdgcn" / "bitcode"
     bitcode.mkdir(parents=True, exist_ok=True)
     shutil.copytree(amd / "include", folder / "include", dirs_exist_ok=True)
-    for name in ("hip_fp16.h", "hip_bfloat16.h"):
-        (folder / "include/hip" / name).write_text(_SHIM)
+    for name, text in _HEADERS.items():
+        (folder / "include/hip" / name).write_text(text)
     version = folder / "share/hip/version"
     version.parent.mkdir(parents=True, exist_ok=True)
     version.write_text(_version(folder / "include/hip/hip_version.h"))

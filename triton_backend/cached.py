@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from flash_rocm import cache_validation, runtime, virtual_device
+from flash_rocm import auxiliary, cache_validation, cuda_library, runtime, virtual_device
 from flash_rocm.config_schema import KernelConfig
 from flash_rocm.problem import AttentionProblem, CacheInputs, cache_layout_of, lse_shape
 from flash_rocm.runtime import Arch
@@ -203,6 +203,9 @@ def _combine_parts(
     out_partial: torch.Tensor, lse_partial: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, route: _Route
 ) -> None:
     """Combine parts (..., nheads, num_splits[, headdim_v]) of dense or varlen rows into out and softmax_lse."""
+    if (launch := cuda_library.launch_of("combine", out.device)) is not None:
+        auxiliary.combine_parts(launch, out_partial, lse_partial, out, lse)
+        return
     *_, rows, nheads, num_splits = lse_partial.shape
     dim_v, varlen = out.shape[-1], out.dim() == 3
     head, row = num_splits, nheads * num_splits  # both are contiguous, and softmax_lse's dims are in another order
@@ -221,6 +224,8 @@ def combine(
     problem: AttentionProblem, out_partial: torch.Tensor, lse_partial: torch.Tensor, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of results over disjoint sets of keys; see :class:`flash_rocm.backends.Backend`."""
+    if out_dtype != torch.float64 and (launch := cuda_library.launch_of("combine", out_partial.device)) is not None:
+        return auxiliary.combine(launch, out_partial, lse_partial, out_dtype)
     if out_partial.stride(-1) != 1:
         out_partial = out_partial.contiguous()
     out = out_partial.new_empty(out_partial.shape[1:], dtype=out_dtype)
@@ -284,6 +289,9 @@ def _fixed_plan(kernel: str, constants: dict[str, Any], warps: int) -> Plan:
 
 def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
     """Write k_new and v_new into the caches; see :class:`flash_rocm.backends.Backend`."""
+    if (launch := cuda_library.launch_of("append", inputs.k.device)) is not None:
+        auxiliary.append(launch, problem, inputs)
+        return
     k_new, v_new = inputs.k_new, inputs.v_new
     if k_new is None or v_new is None:
         raise ValueError("k_new, v_new: expected tensors to append, got None")

@@ -1,4 +1,5 @@
-// A backward instance: the three kernels of Composable Kernel for one tile, one dtype and one set of features.
+// A backward instance: Composable Kernel's kernel of the gradients for one tile, one dtype and one set of features.  What
+// stands before and behind it, delta and the conversion of dq, are auxiliary kernels.
 #pragma once
 
 #include "launch.hpp"
@@ -25,9 +26,6 @@ struct Backward {
                                             typename Config::WarpsQ,
                                             typename Config::WarpTileQ,
                                             0>;
-    static constexpr int kKeys    = Config::Tile::at(ck_tile::number<1>{});
-    static constexpr int kHeaddim = Config::Tile::at(ck_tile::number<7>{});
-    static constexpr int kRows    = 64; // of the kernels that go over rows of q, one at a time
     static constexpr auto kBias =
         Config::kAlibi ? ck_tile::BlockAttentionBiasEnum::ALIBI : ck_tile::BlockAttentionBiasEnum::NO_BIAS;
     // Head dims are padded in steps of 8.
@@ -61,28 +59,6 @@ struct Backward {
                                                    Epilogue<typename Types::KGradDataType>,
                                                    Epilogue<typename Types::VGradDataType>,
                                                    Epilogue<typename Types::QGradDataType>>;
-
-    using DeltaProblem =
-        ck_tile::BlockFmhaBwdOGradDotOPipelineProblem<typename Types::ODataType,
-                                                      typename Types::OGradDataType,
-                                                      typename Types::DDataType,
-                                                      kRows,
-                                                      kHeaddim,
-                                                      Config::kVarlen,
-                                                      ck_tile::TileFmhaBwdOGradDotOTraits<true, true, 2>>;
-    using Delta = ck_tile::FmhaBwdOGradDotOKernel<ck_tile::BlockFmhaBwdOGradDotO<DeltaProblem>>;
-
-    using ConvertProblem =
-        ck_tile::BlockFmhaBwdConvertQGradPipelineProblem<typename Types::AccDataType,
-                                                         typename Types::QGradDataType,
-                                                         256,
-                                                         kRows,
-                                                         Config::kDeterministic ? kKeys : 0,
-                                                         kHeaddim,
-                                                         Config::kVarlen,
-                                                         Config::kDeterministic,
-                                                         ck_tile::TileFmhaBwdConvertQGradTraits<true, true, 2>>;
-    using Convert = ck_tile::FmhaBwdConvertQGradKernel<ck_tile::BlockFmhaBwdConvertQGrad<ConvertProblem>>;
 };
 
 inline fmha_bwd_args arguments_of(const BackwardParams& from, bool masked)
@@ -94,20 +70,16 @@ inline fmha_bwd_args arguments_of(const BackwardParams& from, bool masked)
     to.q_ptr        = from.q.data;
     to.k_ptr        = from.k.data;
     to.v_ptr        = from.v.data;
-    to.o_ptr        = from.out.data;
     to.do_ptr       = from.dout.data;
     to.lse_ptr      = from.lse.data;
     to.d_ptr        = from.delta.data;
-    to.dq_ptr       = from.dq.data;
     to.dk_ptr       = from.dk.data;
     to.dv_ptr       = from.dv.data;
     to.dq_acc_ptr   = from.dq_acc.data;
     put(from.q, to.stride_q, to.nhead_stride_q, to.batch_stride_q);
     put(from.k, to.stride_k, to.nhead_stride_k, to.batch_stride_k);
     put(from.v, to.stride_v, to.nhead_stride_v, to.batch_stride_v);
-    put(from.out, to.stride_o, to.nhead_stride_o, to.batch_stride_o);
     put(from.dout, to.stride_do, to.nhead_stride_do, to.batch_stride_do);
-    put(from.dq, to.stride_dq, to.nhead_stride_dq, to.batch_stride_dq);
     put(from.dk, to.stride_dk, to.nhead_stride_dk, to.batch_stride_dk);
     put(from.dv, to.stride_dv, to.nhead_stride_dv, to.batch_stride_dv);
     put(from.dq_acc, to.stride_dq_acc, to.nhead_stride_dq_acc, to.batch_stride_dq_acc);
@@ -120,28 +92,12 @@ inline fmha_bwd_args arguments_of(const BackwardParams& from, bool masked)
 }
 
 template <typename Config>
-Status launch_backward(const BackwardParams& from, Step step)
+Status launch_backward(const BackwardParams& from)
 {
-    using Kernels            = Backward<Config>;
-    const fmha_bwd_args to   = arguments_of(from, Config::kMasked);
-    void* const stream       = from.shape.stream;
-    const auto launch_made_by = [&](auto kernel, const auto& made) {
-        const auto [arguments, grid] = made;
-        return launch<decltype(kernel)>(arguments, grid, stream);
-    };
-    switch(step)
-    {
-    case Step::delta:
-        return launch_made_by(typename Kernels::Delta{},
-                              fmha_bwd_dot_do_o_create_kargs_and_grids<typename Kernels::Delta>(to));
-    case Step::gradients:
-        return launch_made_by(typename Kernels::Gradients{},
-                              fmha_bwd_dq_dk_dv_create_kargs_and_grids<typename Kernels::Gradients>(to));
-    case Step::convert:
-        return launch_made_by(typename Kernels::Convert{},
-                              fmha_bwd_convert_dq_create_kargs_and_grids<typename Kernels::Convert>(to));
-    }
-    return Status::wrong_kernel;
+    using Kernel                 = typename Backward<Config>::Gradients;
+    const fmha_bwd_args to       = arguments_of(from, Config::kMasked);
+    const auto [arguments, grid] = fmha_bwd_dq_dk_dv_create_kargs_and_grids<Kernel>(to);
+    return launch<Kernel>(arguments, grid, from.shape.stream);
 }
 
 } // namespace flash_ck

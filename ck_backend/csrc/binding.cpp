@@ -50,9 +50,9 @@ flash_ck::Shape shape_of(const Tensor& q,
     shape.seqlen_q     = static_cast<int>(seqlen_q);
     shape.seqlen_k     = static_cast<int>(seqlen_k);
     shape.nheads       = static_cast<int>(q.size(last - 1));
-    shape.nheads_k     = static_cast<int>(k.size(last - 1));
+    shape.nheads_k     = static_cast<int>(k.size(k.dim() - 2));
     shape.headdim      = static_cast<int>(q.size(last));
-    shape.headdim_v    = static_cast<int>(v.size(last));
+    shape.headdim_v    = static_cast<int>(v.size(v.dim() - 1));
     shape.window_left  = static_cast<int>(window_left);
     shape.window_right = static_cast<int>(window_right);
     shape.scale        = static_cast<float>(scale);
@@ -108,16 +108,13 @@ void forward(int64_t instance,
 
 // dq_acc is (splits, batch, seqlen_q, nheads, headdim) or (splits, total_q, nheads, headdim), float32.
 void backward(int64_t instance,
-              int64_t step,
               Tensor q,
               Tensor k,
               Tensor v,
-              Tensor out,
               Tensor dout,
               Tensor softmax_lse,
               Tensor delta,
               Tensor dq_acc,
-              Tensor dq,
               Tensor dk,
               Tensor dv,
               Optional cu_seqlens_q,
@@ -137,9 +134,7 @@ void backward(int64_t instance,
     params.q      = matrix(q, varlen);
     params.k      = matrix(k, varlen);
     params.v      = matrix(v, varlen);
-    params.out    = matrix(out, varlen);
     params.dout   = matrix(dout, varlen);
-    params.dq     = matrix(dq, varlen);
     params.dk     = matrix(dk, varlen);
     params.dv     = matrix(dv, varlen);
     params.dq_acc = matrix(dq_acc, varlen);
@@ -148,7 +143,46 @@ void backward(int64_t instance,
     params.dq_acc_split = dq_acc.stride(0);
     params.lse          = rows(softmax_lse);
     params.delta        = rows(delta);
-    check(flash_ck::backward(static_cast<int>(instance), params, static_cast<flash_ck::Step>(step)), instance);
+    check(flash_ck::backward(static_cast<int>(instance), params), instance);
+}
+
+// out is (nheads, splits, total_q, headdim_v) and lse (nheads, splits, total_q), float32; block_table (batch, pages).  A k
+// of three dims has rows for pages.
+void splitkv(int64_t instance,
+             Tensor q,
+             Tensor k,
+             Tensor v,
+             Tensor out,
+             Tensor lse,
+             Tensor cu_seqlens_q,
+             Tensor seqlens_k,
+             Tensor block_table,
+             Optional alibi_slopes,
+             int64_t page_size,
+             int64_t seqlen_q,
+             int64_t seqlen_k,
+             double scale,
+             double softcap,
+             int64_t window_left,
+             int64_t window_right,
+             int64_t stream)
+{
+    flash_ck::SplitKvParams params;
+    params.shape = shape_of(q, k, v, cu_seqlens_q, std::nullopt, alibi_slopes, seqlen_q, seqlen_k, scale, softcap,
+                            window_left, window_right, stream);
+    params.q     = matrix(q, true);
+    params.k     = {k.data_ptr(), k.stride(0), k.stride(k.dim() - 3), k.stride(k.dim() - 2)};
+    params.v     = {v.data_ptr(), v.stride(0), v.stride(v.dim() - 3), v.stride(v.dim() - 2)};
+    params.out   = {out.data_ptr(), 0, out.stride(2), out.stride(0)};
+    params.lse   = {static_cast<float*>(lse.data_ptr()), 0, lse.stride(0)};
+    params.out_split         = out.stride(1);
+    params.lse_split         = lse.stride(1);
+    params.seqlens_k         = static_cast<const int32_t*>(seqlens_k.data_ptr());
+    params.block_table       = static_cast<const int32_t*>(block_table.data_ptr());
+    params.block_table_batch = block_table.stride(0);
+    params.page_size         = static_cast<int>(page_size);
+    params.num_splits        = static_cast<int>(out.size(1));
+    check(flash_ck::splitkv(static_cast<int>(instance), params), instance);
 }
 
 int64_t dq_splits(int64_t instance, int64_t seqlen_k)
@@ -165,10 +199,13 @@ STABLE_TORCH_LIBRARY(flash_rocm_ck, library)
     library.def("forward(int instance, Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) softmax_lse, "
                 "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, int seqlen_q, int seqlen_k, "
                 "float scale, float softcap, int window_left, int window_right, int stream) -> ()");
-    library.def("backward(int instance, int step, Tensor q, Tensor k, Tensor v, Tensor out, Tensor dout, "
-                "Tensor softmax_lse, Tensor(a!) delta, Tensor(b!) dq_acc, Tensor(c!) dq, Tensor(d!) dk, Tensor(e!) dv, "
+    library.def("backward(int instance, Tensor q, Tensor k, Tensor v, Tensor dout, Tensor softmax_lse, Tensor delta, "
+                "Tensor(a!) dq_acc, Tensor(b!) dk, Tensor(c!) dv, "
                 "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, int seqlen_q, int seqlen_k, "
                 "float scale, int window_left, int window_right, int stream) -> ()");
+    library.def("splitkv(int instance, Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, Tensor cu_seqlens_q, "
+                "Tensor seqlens_k, Tensor block_table, Tensor? alibi_slopes, int page_size, int seqlen_q, int seqlen_k, "
+                "float scale, float softcap, int window_left, int window_right, int stream) -> ()");
     library.def("dq_splits(int instance, int seqlen_k) -> int");
 }
 
@@ -176,5 +213,6 @@ STABLE_TORCH_LIBRARY_IMPL(flash_rocm_ck, CompositeExplicitAutograd, library)
 {
     library.impl("forward", TORCH_BOX(&forward));
     library.impl("backward", TORCH_BOX(&backward));
+    library.impl("splitkv", TORCH_BOX(&splitkv));
     library.impl("dq_splits", TORCH_BOX(&dq_splits));
 }

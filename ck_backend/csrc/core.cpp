@@ -1,24 +1,9 @@
-// Checks that stand between a caller and a launch, and the texts of what they find.
+// Checks that stand between a caller and a launch.
 #include "flash_ck.h"
 
 #include <initializer_list>
 
 namespace flash_ck {
-
-const char* status_text(Status status)
-{
-    switch(status)
-    {
-    case Status::ok: return "it ran";
-    case Status::no_instance: return "there is no instance of this number";
-    case Status::wrong_kernel: return "the instance is one of the other direction";
-    case Status::wrong_layout: return "the instance is for sequences with, the call without cu_seqlens, or the reverse";
-    case Status::wrong_headdim: return "the head dim is not a multiple of 8 up to that of the instance";
-    case Status::stride_too_large: return "a stride of Composable Kernel is a 32-bit number, one of this call is larger";
-    case Status::launch_failed: return "HIP did not launch the kernel";
-    }
-    return "unknown status";
-}
 
 namespace {
 
@@ -63,7 +48,7 @@ Status forward(int number, const ForwardParams& given)
     return instances[number].forward(params);
 }
 
-Status backward(int number, const BackwardParams& given, Step step)
+Status backward(int number, const BackwardParams& given)
 {
     BackwardParams params = given;
     widen_alibi(params.shape);
@@ -71,13 +56,35 @@ Status backward(int number, const BackwardParams& given, Step step)
         return status;
     if(instances[number].backward == nullptr)
         return Status::wrong_kernel;
-    for(const Matrix* x : {&params.q, &params.k, &params.v, &params.out, &params.dout, &params.dq, &params.dk, &params.dv,
-                           &params.dq_acc})
+    for(const Matrix* x : {&params.q, &params.k, &params.v, &params.dout, &params.dk, &params.dv, &params.dq_acc})
         if(!fits(*x))
             return Status::stride_too_large;
     if(!fits(params.lse) || !fits(params.delta) || params.dq_acc_split > kMaxStride)
         return Status::stride_too_large;
-    return instances[number].backward(params, step);
+    return instances[number].backward(params);
+}
+
+Status splitkv(int number, const SplitKvParams& given)
+{
+    SplitKvParams params = given;
+    widen_alibi(params.shape);
+    if(number < 0 || number >= instance_count)
+        return Status::no_instance;
+    const Instance& instance = instances[number];
+    if(instance.splitkv == nullptr)
+        return Status::wrong_kernel;
+    if(params.shape.headdim != instance.headdim || params.shape.headdim_v != instance.headdim_v)
+        return Status::wrong_headdim;
+    if(params.page_size <= 0 || params.page_size % instance.key_block || params.num_splits < 1)
+        return Status::wrong_size;
+    if(!fits(params.q) || !fits(params.k) || !fits(params.v) || !fits(params.out) || !fits(params.lse))
+        return Status::stride_too_large;
+    // The kernel multiplies the number of a part by its stride in 32 bits.
+    const std::int64_t last = params.num_splits - 1;
+    if(params.out_split * last > kMaxStride || params.lse_split * last > kMaxStride ||
+       params.block_table_batch > kMaxStride)
+        return Status::stride_too_large;
+    return instance.splitkv(params);
 }
 
 Status dq_splits(int number, int seqlen_k, int* splits)

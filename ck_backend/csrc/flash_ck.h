@@ -7,7 +7,17 @@
 
 namespace flash_ck {
 
-enum class Status : int { ok = 0, no_instance, wrong_kernel, wrong_layout, wrong_headdim, stride_too_large, launch_failed };
+enum class Status : int {
+    ok = 0,
+    no_instance,
+    wrong_kernel,
+    wrong_layout,
+    wrong_headdim,
+    stride_too_large,
+    launch_failed,
+    wrong_size, // of an auxiliary kernel
+    missing_tensor
+};
 
 // One sentence for each status, without a full stop.
 const char* status_text(Status status);
@@ -54,25 +64,39 @@ struct ForwardParams {
 
 struct BackwardParams {
     Shape shape;
-    Matrix q, k, v, out, dout;
-    Matrix dq;     // input dtype
+    Matrix q, k, v, dout;
     Matrix dk, dv; // input dtype, one for each query head: the caller adds those of a group
-    Matrix dq_acc; // float32, zeroed by the caller
+    Matrix dq_acc; // float32, zeroed by the caller, who adds up its splits and converts it
     std::int64_t dq_acc_split = 0; // stride between the splits of a deterministic sum
-    Rows lse, delta;
+    Rows lse, delta;               // delta: of auxiliary.h
 };
 
-// The launches of a backward.  Between delta and gradients the caller may subtract the gradient of lse from delta.
-enum class Step : int { delta = 0, gradients, convert };
+// Attention over a K/V cache.  Keys lie in pages: position p of sequence b is row p % page_size of page
+// block_table[b][p / page_size], whose first row is at k + page * k.batch.  A cache without pages has one page for each
+// sequence, and k.batch is the stride of its rows: any row may be the first.
+struct SplitKvParams {
+    Shape shape; // cu_seqlens_q only; seqlen_k: the longest
+    Matrix q, k, v;
+    Matrix out; // float32 (nheads, num_splits, total_q, headdim_v), each part normalised over its own keys
+    Rows lse;   // float32 (nheads, num_splits, total_q); -inf for a part without keys, whose out is 0
+    std::int64_t out_split = 0; // strides between parts
+    std::int64_t lse_split = 0;
+    const std::int32_t* seqlens_k   = nullptr; // (batch)
+    const std::int32_t* block_table = nullptr; // (batch, pages)
+    std::int64_t block_table_batch  = 0;
+    int page_size  = 0; // a multiple of the keys of a tile
+    int num_splits = 1;
+};
 
 struct Instance {
     const char* name;
     bool varlen;
     int headdim; // the largest that it takes
     int headdim_v;
-    int key_block; // backward, deterministic: keys that one split of dq_acc is for; else 0
+    int key_block; // keys of a tile: backward, deterministic, what one split of dq_acc is for; splitkv; else 0
     Status (*forward)(const ForwardParams&);
-    Status (*backward)(const BackwardParams&, Step);
+    Status (*backward)(const BackwardParams&);
+    Status (*splitkv)(const SplitKvParams&);
 };
 
 // Generated beside the instances, in the order of the manifest.
@@ -80,7 +104,8 @@ extern const Instance instances[];
 extern const int instance_count;
 
 Status forward(int instance, const ForwardParams& params);
-Status backward(int instance, const BackwardParams& params, Step step);
+Status backward(int instance, const BackwardParams& params);
+Status splitkv(int instance, const SplitKvParams& params);
 // How many partial dq_acc a backward adds up: 1, or one for each block of keys where the instance is deterministic.
 Status dq_splits(int instance, int seqlen_k, int* splits);
 

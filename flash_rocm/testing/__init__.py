@@ -11,7 +11,14 @@ here is tuned by hand; :class:`Oracle` and :func:`assert_close_to_oracle` say wh
 from __future__ import annotations
 
 from flash_rocm.testing.budgets import BUDGETS, Comparison, assert_attention_close, assert_close_to_oracle
-from flash_rocm.testing.cached import CacheCall, CacheCase, assert_cached_close, make_cache_inputs, oracle_cached
+from flash_rocm.testing.cached import (
+    CacheCall,
+    CacheCase,
+    assert_cached_close,
+    assert_caches_close,
+    make_cache_inputs,
+    oracle_cached,
+)
 from flash_rocm.testing.inputs import EXTRA_ROWS, LAYOUTS, Case, make_inputs, make_problem
 from flash_rocm.testing.kvcache import oracle_append, oracle_combine, oracle_gather, oracle_rotary
 from flash_rocm.testing.oracle import Oracle, oracle_attention
@@ -28,6 +35,7 @@ __all__ = [
     "Oracle",
     "assert_attention_close",
     "assert_cached_close",
+    "assert_caches_close",
     "assert_close_to_oracle",
     "make_cache_inputs",
     "make_inputs",

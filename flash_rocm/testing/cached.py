@@ -190,6 +190,27 @@ def _sequence_rows(cu_seqlens: torch.Tensor | None, b: int, length: int) -> tupl
     return slice(int(cu_seqlens[b]), int(cu_seqlens[b]) + length)
 
 
+def assert_caches_close(
+    problem: AttentionProblem,
+    k_after: torch.Tensor,
+    v_after: torch.Tensor,
+    exact_k: torch.Tensor,
+    exact_v: torch.Tensor,
+) -> Comparison:
+    """Compare the caches after an append with those of :func:`oracle_cached`; the error of k and one rounding."""
+    if not torch.equal(v_after.double().nan_to_num(nan=9e9), exact_v.nan_to_num(nan=9e9)):
+        raise AssertionError("v: expected the new tokens behind each sequence and nothing else changed")
+    if not torch.equal(k_after.isnan(), exact_k.isnan()):
+        raise AssertionError("k: expected tokens where the oracle has them and NaN elsewhere")
+    wide = torch.finfo(accumulate_dtype(problem.dtype)).eps
+    eps = torch.finfo(problem.dtype).eps / 2 + (2 * wide if problem.dtype != torch.float64 else 4 * wide)
+    largest = float(exact_k.nan_to_num(nan=0.0).abs().max()) if exact_k.numel() else 0.0
+    error = float((k_after.double() - exact_k).nan_to_num(nan=0.0).abs().max()) if exact_k.numel() else 0.0
+    if error > (eps * 2**0.5 * largest if problem.rotary_dim else 0.0):
+        raise AssertionError(f"k: expected one rounding of what the rotary embedding turns, got an error of {error}")
+    return Comparison(error, eps * largest)
+
+
 def assert_cached_close(
     problem: AttentionProblem,
     case: CacheCase,
@@ -201,17 +222,7 @@ def assert_cached_close(
     """Compare a call's results, and its caches afterwards, with the oracle; ``case`` holds the caches before."""
     exact_out, exact_lse, exact_k, exact_v, bands = oracle_cached(problem, case)
     plain_out, plain_lse, *_ = oracle_cached(problem, case, upcast=False)
-    if not torch.equal(v_after.double().nan_to_num(nan=9e9), exact_v.nan_to_num(nan=9e9)):
-        raise AssertionError("v: expected the new tokens behind each sequence and nothing else changed")
-    if not torch.equal(k_after.isnan(), exact_k.isnan()):
-        raise AssertionError("k: expected tokens where the oracle has them and NaN elsewhere")
-    wide = torch.finfo(accumulate_dtype(problem.dtype)).eps
-    eps = torch.finfo(problem.dtype).eps / 2 + (2 * wide if problem.dtype != torch.float64 else 4 * wide)
-    largest = float(exact_k.nan_to_num(nan=0.0).abs().max()) if exact_k.numel() else 0.0
-    error = float((k_after.double() - exact_k).nan_to_num(nan=0.0).abs().max()) if exact_k.numel() else 0.0
-    if error > (eps * 2**0.5 * largest if problem.rotary_dim else 0.0):
-        raise AssertionError(f"k: expected one rounding of what the rotary embedding turns, got an error of {error}")
-    found = {"k": Comparison(error, eps * largest)}
+    found = {"k": assert_caches_close(problem, k_after, v_after, exact_k, exact_v)}
     for name, actual, exact, plain in (
         ("out", out, exact_out, plain_out),
         ("lse", softmax_lse, exact_lse, plain_lse),

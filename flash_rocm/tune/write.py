@@ -51,7 +51,7 @@ def write(folder: pathlib.Path, arch: str, outcomes: Sequence[tuple[TuneKey, Out
     new = [entry_of(key, outcome) for key, outcome in outcomes]
     rules = [(entry["kernel"], entry["match"]) for entry in new]
     kept = [entry for entry in contents["triton"] if (entry["kernel"], entry.get("match", {})) not in rules]
-    contents = {"arch": arch, "triton": new + kept, "ck": contents.get("ck", [])}
+    contents = {"ck": []} | contents | {"arch": arch, "triton": new + kept}
     check_file(str(path), path.name, arch, contents)
     files.write_whole(path, _dumped(contents))
     return path
@@ -64,7 +64,10 @@ def _dumped(contents: dict[str, Any]) -> str:
         lines = ",\n".join(f"    {json.dumps(entry)}" for entry in contents[name])
         return f'"{name}": [\n{lines}\n  ]' if lines else f'"{name}": []'
 
-    return f'{{\n  "arch": {json.dumps(contents["arch"])},\n  {section("triton")},\n  {section("ck")}\n}}\n'
+    parts = [f'"arch": {json.dumps(contents["arch"])}', section("triton"), section("ck")]
+    if "auxiliary" in contents:
+        parts.append(f'"auxiliary": {json.dumps(contents["auxiliary"])}')
+    return "{\n  " + ",\n  ".join(parts) + "\n}\n"
 
 
 def one_for_each_rule(

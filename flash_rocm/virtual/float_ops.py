@@ -86,6 +86,7 @@ _FLOAT: dict[str, tuple[str, Callable[..., Any]]] = {
     "v_maximum3_f32": ("fff", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
     "v_minimum3_f32": ("fff", lambda a, b, c: np.minimum(np.minimum(a, b), c)),
     "v_fma_f32": ("fff", fma32),
+    "v_mad_f32": ("fff", lambda a, b, c: a * b + c),
     "v_exp_f32": ("f", without_denormals(np.exp2)),
     "v_log_f32": ("f", without_denormals(np.log2)),
     "v_rcp_f32": ("f", without_denormals(lambda x: _F32(1) / x)),
@@ -162,6 +163,12 @@ def _mac(b: Builder) -> Handler:
 def _fma_literal(b: Builder) -> Handler:
     """The literal is where it is printed: last (addend) or in the middle (factor)."""
     return elementwise(b, "fff", fma32, "f")
+
+
+@register("v_madak_f32", "v_madmk_f32")
+def _mad_literal(b: Builder) -> Handler:
+    """The same of gfx90a, rounded twice."""
+    return elementwise(b, "fff", lambda x, y, z: x * y + z, "f")
 
 
 # float16

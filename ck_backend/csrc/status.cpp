@@ -1,0 +1,23 @@
+// The texts of what the checks before a launch find.
+#include "flash_ck.h"
+
+namespace flash_ck {
+
+const char* status_text(Status status)
+{
+    switch(status)
+    {
+    case Status::ok: return "it ran";
+    case Status::no_instance: return "there is no instance of this number";
+    case Status::wrong_kernel: return "the instance is one of another kernel";
+    case Status::wrong_layout: return "the instance is for sequences with, the call without cu_seqlens, or the reverse";
+    case Status::wrong_headdim: return "the head dim is not one that the instance takes";
+    case Status::stride_too_large: return "a stride of Composable Kernel is a 32-bit number, one of this call is larger";
+    case Status::launch_failed: return "the driver did not launch the kernel";
+    case Status::wrong_size: return "a size is negative, too large, or not that of its partner";
+    case Status::missing_tensor: return "a tensor that the kernel needs is not there";
+    }
+    return "unknown status";
+}
+
+} // namespace flash_ck
