@@ -17,7 +17,7 @@ import torch
 
 from flash_rocm import ck_instances, cuda_library, runtime
 from flash_rocm.ck_instances import CkLibrary
-from flash_rocm.config_schema import KernelConfig, Provenance
+from flash_rocm.config_schema import AUXILIARY_KERNELS, KernelConfig, Provenance
 from flash_rocm.layer_calls import NormBackward, NormCall, NormForward, NormGradients
 from flash_rocm.problem import FEATURES, AttentionInputs, AttentionProblem, CacheInputs
 from flash_rocm.runtime import Arch, ConfigSource
@@ -420,11 +420,8 @@ class Explanation:
 
 
 def _auxiliary_configs(problem: AttentionProblem, arch: Arch) -> list[str]:
-    """The C++ kernels that a call over a K/V cache takes beside Triton's."""
-    if not problem.cached:
-        return []
-    kernels = ("append", "combine") if problem.seqlen_new else ("combine",)
-    return cuda_library.describe(kernels, arch, runtime.config_source())
+    """The C++ kernels that calls over a K/V cache take beside Triton's, if they append and if keys are split."""
+    return cuda_library.describe(AUXILIARY_KERNELS, arch, runtime.config_source()) if problem.cached else []
 
 
 def explain_problem(problem: AttentionProblem, arch: Arch, requested: str) -> Explanation:
