@@ -69,7 +69,9 @@ def test_what_a_config_says_counts(name: str, change: dict[str, Any]) -> None:
 
 def test_vision() -> None:
     torch.manual_seed(0)
-    sizes = {key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+    sizes = {
+        key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    }
     model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=16, patch_size=4)).eval()
     pixels = torch.randn(2, 3, 16, 16)
     found = []
@@ -151,8 +153,7 @@ def positions_of(lengths: tuple[int, ...]) -> torch.Tensor:
     ],
 )
 def test_packed_by_the_caller(name: str, told: str) -> None:
-    """Sequences in one row, known by their position_ids alone or by FlashAttention's arguments, give what a padded batch
-    gives."""
+    """Sequences in one row, known by position_ids alone or by FlashAttention's arguments, give what a padded batch does."""
     model, batch = make(name), padded_batch()
     expected = logits(model, "eager", **batch)
     ids = batch["input_ids"][batch["attention_mask"].bool()][None]

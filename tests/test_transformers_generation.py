@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import DECODERS, LENGTHS, NAME, WINDOW, assert_same, make, padded_batch, transformers, version
+from tiny_models import DECODERS, NAME, WINDOW, assert_same, make, padded_batch, transformers, version
 
 from flash_rocm.integrations import transformers as integration
 
@@ -136,9 +136,7 @@ def losses(implementation: str, folder: pathlib.Path, flattened: bool = False) -
     def padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
         ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])
-        mask = torch.tensor(
-            [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
-        )
+        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
     collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True) if flattened else padded

@@ -18,6 +18,9 @@ _HINT = "Hint: use attn_implementation='sdpa' or 'eager' for this model."
 class Packing(NamedTuple):
     """Where the tokens of packed sequences are, in (batch, seqlen) flattened; the sequences follow in that order."""
 
+    seqlen_q: int | None  # what the rows were counted with; None: any
+    seqlen_k: int | None
+
     rows_q: torch.Tensor | None  # (total_q,) int64; None: all, in their order
     rows_k: torch.Tensor | None  # (total_k,) int64; None: all, in their order
     cu_seqlens_q: torch.Tensor | None  # (sequences + 1,) int32; None: each row of the batch is a sequence
@@ -34,8 +37,10 @@ class Mask(NamedTuple):
     seqlen_k: int | None = None  # keys in use, the first ones, of a cache of fixed length
     packing: Packing | None = None
 
-    #: Transformers' generation hands the model a finished mask, which it knows from padding by the number of dims.
-    ndim = 4
+    @property
+    def ndim(self) -> int:
+        """Transformers' generation hands models finished masks, which it knows from padding by the number of dims."""
+        return 4
 
 
 class _Pattern(NamedTuple):
@@ -61,7 +66,7 @@ def mask_of(
 
     Args:
         q_length, q_offset: number and first position of the queries; in older versions cache_position has them.
-        kv_length, kv_offset: number and first position of the keys, of which a cache of fixed length has not all in use.
+        kv_length, kv_offset: number and first position of the keys; a cache of fixed length has not all in use.
         mask_function: the pattern.
         attention_mask: (batch, positions) bool, False for padding; positions that are missing are padding.  A finished
             mask is returned.
@@ -133,11 +138,12 @@ def _packing(real: torch.Tensor, used: int, q_length: int, causal: bool, config:
         # The mask is about keys.  In a model with cross attention it says nothing about the queries.
         crosses = getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
         if crosses or q_length != real.shape[1]:
-            return Packing(None, rows_k, None, cu_seqlens_k, 0, max_seqlen_k)
+            return Packing(None, real.shape[1], None, rows_k, None, cu_seqlens_k, 0, max_seqlen_k)
     elif q_length != real.shape[1]:
         rows_q, cu_seqlens_q, max_seqlen_q = _packed(real[:, used - q_length : used])
-        return Packing(rows_q, rows_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return Packing(rows_k, rows_k, cu_seqlens_k, cu_seqlens_k, max_seqlen_k, max_seqlen_k)
+        lengths = (q_length, real.shape[1])
+        return Packing(*lengths, rows_q, rows_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return Packing(q_length, q_length, rows_k, rows_k, cu_seqlens_k, cu_seqlens_k, max_seqlen_k, max_seqlen_k)
 
 
 def _packed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -152,7 +158,8 @@ def _packed_sequences(sequences: torch.Tensor) -> Packing:
     starts = torch.cat([first, sequences.diff(dim=1) != 0], 1).flatten().nonzero().flatten()
     cu_seqlens = torch.nn.functional.pad(starts, (0, 1), value=sequences.numel()).int()
     longest = int(cu_seqlens.diff().max())
-    return Packing(None, None, cu_seqlens, cu_seqlens, longest, longest)
+    seqlen = sequences.shape[1]
+    return Packing(seqlen, seqlen, None, None, cu_seqlens, cu_seqlens, longest, longest)
 
 
 def _is_contiguous(mask: torch.Tensor) -> bool:

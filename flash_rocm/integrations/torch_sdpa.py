@@ -97,7 +97,9 @@ def _forward(
 ) -> tuple[Any, ...]:
     """``aten::_scaled_dot_product_flash_attention``."""
     if return_debug_mask:
-        raise NotImplementedError("return_debug_mask: expected False, got True. Hint: flash_rocm.flash_attn_func has it.")
+        raise NotImplementedError(
+            "return_debug_mask: expected False, got True. Hint: flash_rocm.flash_attn_func has it."
+        )
     rng_state = draw_rng_state(query.device) if dropout_p > 0.0 else None
     args = _arguments((query, key, value), dropout_p, is_causal, scale, rng_state)
     out, softmax_lse = ops.attention_forward(args, layout_of(*args[:3]))

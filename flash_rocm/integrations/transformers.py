@@ -68,7 +68,7 @@ def register() -> str:
     AttentionInterface.register(PAGED_NAME, attention)
     AttentionMaskInterface.register(NAME, mask_of)
     if not getattr(check, "knows_flash_rocm", False):
-        PreTrainedModel._check_and_adjust_attn_implementation = _knowing_flash_rocm(check)
+        PreTrainedModel._check_and_adjust_attn_implementation = _knowing_flash_rocm(check)  # type: ignore[method-assign]
     return NAME
 
 
@@ -91,11 +91,9 @@ def _knowing_flash_rocm(check: Any) -> Any:
         if attn_implementation not in (NAME, PAGED_NAME):
             return cast(str, check(self, attn_implementation, *args, **kwargs))
         if not type(self)._can_set_attn_implementation():
-            import transformers
-
             raise NotImplementedError(
                 f"attn_implementation: expected a model whose attention goes through AttentionInterface for {NAME!r}, "
-                f"got {type(self).__name__} of Transformers {transformers.__version__}. "
+                f"got {_of(self)}. "
                 "Hint: use attn_implementation='sdpa' or 'eager' for this model."
             )
         return attn_implementation
@@ -171,23 +169,30 @@ def _refuse(module: Any, attention_mask: Any, scaling: float | None, kwargs: dic
     for name, what in _REFUSED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise NotImplementedError(
-                f"{name}: not supported by attn_implementation={NAME!r}: {what}, in {type(module).__name__}. "
+                f"{name}: not supported by attn_implementation={NAME!r}: {what}, in {_of(module)}. "
                 "Hint: use attn_implementation='sdpa' or 'eager'."
             )
     if not (attention_mask is None or isinstance(attention_mask, Mask)):
         shape = tuple(getattr(attention_mask, "shape", ()))
         raise NotImplementedError(
             f"attention_mask: expected padding of shape (batch, seqlen), got {type(attention_mask).__name__} of shape "
-            f"{shape} in {type(module).__name__}: masks for each query and key and additive masks are not supported. "
+            f"{shape} in {_of(module)}: masks for each query and key and additive masks are not supported. "
             "Hint: use attn_implementation='sdpa' or 'eager'."
         )
     # GPT-2 of the first versions does these two in its eager function only.
     layerwise = getattr(module, "scale_attn_by_inverse_layer_idx", False)
     if scaling is None and (layerwise or not getattr(module, "scale_attn_weights", True)):
         raise NotImplementedError(
-            "scale_attn_by_inverse_layer_idx, scale_attn_weights: expected False and True, as this version of "
-            "Transformers does not pass the scale on. Hint: use attn_implementation='eager'."
+            "scale_attn_by_inverse_layer_idx, scale_attn_weights: expected False and True, as the scale does not come "
+            f"through AttentionInterface, in {_of(module)}. Hint: use attn_implementation='eager'."
         )
+
+
+def _of(module: Any) -> str:
+    """The layer and the version of Transformers, for errors."""
+    import transformers
+
+    return f"{type(module).__name__} of Transformers {transformers.__version__}"
 
 
 def _window_size(mask: Mask | None, sliding_window: int | None, causal: bool) -> tuple[int, int]:
@@ -211,7 +216,9 @@ def _packing_of(mask: Mask | None, q: torch.Tensor, k: torch.Tensor, kwargs: dic
     given = kwargs.get("cu_seq_lens_q")
     if given is None:
         return None if mask is None else mask.packing
-    if mask is not None and (mask.seqlen_k is not None or (mask.packing is not None and mask.packing.rows_k is not None)):
+    if mask is not None and (
+        mask.seqlen_k is not None or (mask.packing is not None and mask.packing.rows_k is not None)
+    ):
         raise NotImplementedError(
             "cu_seq_lens_q: expected None with padding or a cache of fixed length, got both. "
             "Hint: pass no attention_mask with packed sequences."
@@ -220,7 +227,8 @@ def _packing_of(mask: Mask | None, q: torch.Tensor, k: torch.Tensor, kwargs: dic
     cu_seqlens_k = kwargs.get("cu_seq_lens_k")
     if cu_seqlens_k is None or None in lengths:
         raise ValueError("cu_seq_lens_q: expected cu_seq_lens_k, max_length_q and max_length_k with it, got None.")
-    return Packing(None, None, given.int(), cu_seqlens_k.int(), int(lengths[0]), int(lengths[1]))  # type: ignore[arg-type]
+    given = (given.int(), cu_seqlens_k.int(), int(lengths[0]), int(lengths[1]))  # type: ignore[arg-type]
+    return Packing(None, None, None, None, *given)
 
 
 def _packed_attention(
@@ -228,6 +236,12 @@ def _packed_attention(
 ) -> torch.Tensor:
     """Attention of packed sequences within (batch, seqlen, nheads, headdim); other rows are 0."""
     batch, seqlen_q = q.shape[:2]
+    for expected, x in ((packing.seqlen_q, q), (packing.seqlen_k, k)):
+        if expected not in (None, x.shape[1]):
+            raise ValueError(
+                f"attention_mask: expected one for {x.shape[1]} positions, got one for {expected}. "
+                "Hint: it has a column for each key, those in the cache included."
+            )
     cu_seqlens_q, max_seqlen_q = packing.cu_seqlens_q, packing.max_seqlen_q
     if cu_seqlens_q is None:
         cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen_q
