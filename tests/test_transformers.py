@@ -153,7 +153,7 @@ def positions_of(lengths: tuple[int, ...]) -> torch.Tensor:
     ],
 )
 def test_packed_by_the_caller(name: str, told: str) -> None:
-    """Sequences in one row, known by position_ids alone or by FlashAttention's arguments, give what a padded batch does."""
+    """Sequences in one row, known by position_ids or by FlashAttention's arguments, give what a padded batch does."""
     model, batch = make(name), padded_batch()
     expected = logits(model, "eager", **batch)
     ids = batch["input_ids"][batch["attention_mask"].bool()][None]

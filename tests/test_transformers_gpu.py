@@ -39,11 +39,15 @@ def dtype_of(name: str) -> torch.dtype:
 def assert_by_rule(
     ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, factor: int
 ) -> None:
-    """Off by at most factor times what Transformers' own function is off in the same dtype, plus one rounding."""
+    """Off by at most factor times what Transformers' own function is off in the same dtype, plus some roundings.
+
+    In float32, which is exact's own dtype: the roundings of some thousand additions.
+    """
     largest = float(exact.detach().abs().max())
     error, allowed = (float((x - exact).detach().abs().max()) for x in (ours, theirs))
     assert torch.isfinite(ours).all() and largest > 0
-    assert error <= factor * allowed + 4 * torch.finfo(dtype).eps * largest
+    roundings = 1000 if dtype == torch.float32 else 4
+    assert error <= factor * allowed + roundings * torch.finfo(dtype).eps * largest
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])

@@ -76,10 +76,7 @@ def test_a_bias_on_the_scores() -> None:
     config = transformers.T5Config(
         vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
-    model, ids = transformers.T5Model(config).eval(), padded_batch()["input_ids"]
-    if not model._can_set_attn_implementation():
-        pytest.skip("T5 of this Transformers has attention of its own")
-    model.set_attn_implementation(NAME)
+    model, ids = transformers.AutoModel.from_config(config, attn_implementation=NAME), padded_batch()["input_ids"]
     with pytest.raises(NotImplementedError, match="position_bias: not supported .* in T5Attention of Transformers 5"):
         model(input_ids=ids, decoder_input_ids=ids)
 
