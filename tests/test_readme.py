@@ -1,4 +1,4 @@
-"""README stays true: its support table is the capability data, its example runs, and those of docs/inference.md and docs/transformers.md.
+"""README stays true: its support table is the capability data; its example and those of two pages of docs run.
 
 ``python tests/test_readme.py`` writes the table anew.
 """

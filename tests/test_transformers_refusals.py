@@ -177,6 +177,27 @@ def test_patterns() -> None:
         masks.mask_of(1, None, 6, mask_function=causal)
 
 
+def test_keys_that_are_not_there_yet() -> None:
+    """A mask as long as a static cache says True for tokens that come later."""
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[0, 0] = False
+    mask = masks.mask_of(2, 2, 9, q_offset=4, mask_function=masking_utils.causal_mask_function, attention_mask=real)
+    assert mask is not None and mask.packing is not None
+    assert mask.packing.rows_k is not None and mask.packing.rows_q is not None
+    assert mask.packing.rows_k.tolist() == [*range(1, 6), *range(9, 15)]
+    assert mask.packing.rows_q.tolist() == [0, 1, 2, 3]
+    assert mask.packing.cu_seqlens_k.tolist() == [0, 5, 11] and mask.packing.max_seqlen_k == 6
+
+
+def test_the_mask_decides_what_is_causal() -> None:
+    """As in Transformers' own functions, which ignore is_causal where there is a mask."""
+    full = integration.attention(Layer(), X, X, X, None, is_causal=False)[0]
+    causal = integration.attention(Layer(), X, X, X, None)[0]
+    assert not torch.allclose(full, causal)
+    assert torch.equal(integration.attention(Layer(), X, X, X, masks.Mask(False))[0], full)
+    assert torch.equal(integration.attention(Layer(), X, X, X, masks.Mask(True), is_causal=False)[0], causal)
+
+
 def test_a_finished_mask_is_kept() -> None:
     """Transformers makes the masks of a step with a static cache ahead, and asks again."""
     mask = masks.Mask(True, seqlen_k=3)
