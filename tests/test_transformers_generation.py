@@ -47,6 +47,30 @@ def test_beams() -> None:
     assert generated(model, NAME, batch, num_beams=3) == generated(model, "eager", batch, num_beams=3)
 
 
+def test_steps_go_to_the_kernels_for_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are not gathered in a step, but in one with padding between tokens, and where a back end has no caches."""
+    seen = []
+    for name in ("flash_attn_func", "flash_attn_with_kvcache"):
+        owner = integration.v3 if name == "flash_attn_with_kvcache" else integration
+        inner = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *args, _name=name, _inner=inner, **named: seen.append(_name) or _inner(*args, **named)
+        )
+    packed = integration._packed_attention
+    monkeypatch.setattr(integration, "_packed_attention", lambda *args: seen.append("packed") or packed(*args))
+    model = make("mistral", num_hidden_layers=1)
+    expected = generated(model, "eager", padded_batch(left=True))
+    assert generated(model, NAME, padded_batch(left=True)) == expected
+    assert seen == ["packed"] + ["flash_attn_with_kvcache"] * (NEW - 1)
+    seen.clear()
+    generated(model, NAME, padded_batch((6, 6)))
+    assert seen == ["flash_attn_func"] + ["flash_attn_with_kvcache"] * (NEW - 1)
+    q, k = torch.zeros(1, 1, 2, 8), torch.zeros(1, 4, 2, 8)
+    assert integration._is_step(q, k, k, None, 0.0)
+    monkeypatch.setenv("FLASH_ROCM_BACKEND", "ck")  # has no kernels for caches, and is not left for others
+    assert not integration._is_step(q, k, k, None, 0.0)
+
+
 def steps(model: Any, implementation: str, batch: dict[str, torch.Tensor], cache: Any) -> torch.Tensor:
     """Logits of the real tokens, some at a time."""
     model.set_attn_implementation(implementation)
@@ -76,6 +100,17 @@ def test_prompts_in_parts(name: str, kind: str, lengths: tuple[int, ...]) -> Non
         if kind == "static":
             cache = transformers.StaticCache(config=model.config, max_cache_len=20)
         found.append(steps(model, implementation, batch, cache))
+    assert_same(*found)
+
+
+@torch.no_grad()
+def test_padding_between_tokens() -> None:
+    """As behind prompts that were padded on the right."""
+    model, batch = make("llama"), padded_batch((12, 12))
+    batch["attention_mask"][1, 4:8] = 0
+    found = []
+    for implementation in (NAME, "eager"):
+        found.append(steps(model, implementation, batch, transformers.DynamicCache(config=model.config)))
     assert_same(*found)
 
 

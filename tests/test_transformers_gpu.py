@@ -76,6 +76,16 @@ def test_generate(name: str, cache: str) -> None:
     assert found == generated(model, "eager", batch, cache_implementation=cache)
 
 
+def test_generate_compiled(fresh_dynamo: None) -> None:
+    """Transformers compiles steps over a static cache by itself."""
+    model, batch = make("llama").cuda(), on_gpu(padded_batch(left=True))
+    expected = generated(model, "eager", batch)
+    model.set_attn_implementation(NAME)
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    found = model.generate(**batch, **options, cache_implementation="static")
+    assert found[:, batch["input_ids"].shape[1] :].tolist() == expected
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt-oss", "deepseek-v3"])
 @torch.no_grad()

@@ -27,6 +27,8 @@ class Packing(NamedTuple):
     cu_seqlens_k: torch.Tensor  # (sequences + 1,) int32
     max_seqlen_q: int
     max_seqlen_k: int
+    #: (batch,) int32: every query is a token, and keys are padding up to here and tokens from here to the last query.
+    leftpad_k: torch.Tensor | None = None
 
 
 class Mask(NamedTuple):
@@ -119,7 +121,10 @@ def mask_of(
             "between them. Hint: pad on the left."
         )
     real[:, used:] = False
-    return Mask(causal, window, packing=_packing(real, used, q_length, causal, config))
+    packing = _packing(real, used, q_length, causal, config)
+    if causal and q_length == 1:  # a step of generation
+        packing = packing._replace(leftpad_k=_left_padding(real[:, :used]))
+    return dense._replace(packing=packing)
 
 
 def _padding(attention_mask: torch.Tensor, batch_size: int, kv_length: int, kv_offset: int) -> torch.Tensor:
@@ -144,6 +149,12 @@ def _packing(real: torch.Tensor, used: int, q_length: int, causal: bool, config:
         lengths = (q_length, real.shape[1])
         return Packing(*lengths, rows_q, rows_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return Packing(q_length, q_length, rows_k, rows_k, cu_seqlens_k, cu_seqlens_k, max_seqlen_k, max_seqlen_k)
+
+
+def _left_padding(real: torch.Tensor) -> torch.Tensor | None:
+    """(batch,) int32, the padding before the tokens of each row, if they reach to the end."""
+    behind = real.cumsum(1) > 0  # from the first token on
+    return (~real).sum(1, dtype=torch.int32) if bool((behind == real).all() & real[:, -1].all()) else None
 
 
 def _packed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -17,8 +17,9 @@ from typing import Any, cast
 
 import torch
 
-from flash_rocm import v3
+from flash_rocm import backends, runtime, v3
 from flash_rocm.api import flash_attn_func, flash_attn_varlen_func
+from flash_rocm.attend import autocast, needs_grad
 from flash_rocm.integrations.masks import Mask, Packing, mask_of
 
 NAME = "flash_rocm"
@@ -156,12 +157,27 @@ def attention(
         options["learnable_sink"] = s_aux
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     packing = _packing_of(attention_mask, q, k, kwargs)
-    if packing is not None:
+    if packing is not None and (packing.leftpad_k is None or not _is_step(q, k, v, s_aux, dropout)):
         return _packed_attention(q, k, v, packing, options), None
     if attention_mask is not None and attention_mask.seqlen_k is not None:
         k, v = k[:, : attention_mask.seqlen_k], v[:, : attention_mask.seqlen_k]
+    if _is_step(q, k, v, s_aux, dropout):
+        q, k, v = autocast(q, k, v)
+        options.pop("dropout_p", None)
+        leftpad = None if packing is None else packing.leftpad_k
+        lengths = k.shape[1] if leftpad is not None else None
+        step = v3.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, cache_leftpad=leftpad, **options)
+        return cast(torch.Tensor, step), None
     function = flash_attn_func if s_aux is None else v3.flash_attn_func
     return cast(torch.Tensor, function(q, k, v, **options)), None
+
+
+def _is_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, dropout: float) -> bool:
+    """Whether this is a step of generation, for which there are kernels that divide the keys and skip left padding."""
+    if q.shape[1] != 1 or dropout or needs_grad(q, k, v, sinks):
+        return False
+    capability = backends.CAPABILITIES.get(runtime.requested_backend())  # None: auto
+    return capability is None or {"kvcache", "leftpad"} <= capability.features
 
 
 def _refuse(module: Any, attention_mask: Any, scaling: float | None, kwargs: dict[str, Any]) -> None:
@@ -215,7 +231,14 @@ def _packing_of(mask: Mask | None, q: torch.Tensor, k: torch.Tensor, kwargs: dic
     """The packing that the mask or the caller describes; q and k are (batch, seqlen, nheads, headdim)."""
     given = kwargs.get("cu_seq_lens_q")
     if given is None:
-        return None if mask is None else mask.packing
+        packing = None if mask is None else mask.packing
+        for expected, x in ((packing.seqlen_q, q), (packing.seqlen_k, k)) if packing is not None else ():
+            if expected not in (None, x.shape[1]):
+                raise ValueError(
+                    f"attention_mask: expected one for {x.shape[1]} positions, got one for {expected}. "
+                    "Hint: it has a column for each key, those in the cache included."
+                )
+        return packing
     if mask is not None and (
         mask.seqlen_k is not None or (mask.packing is not None and mask.packing.rows_k is not None)
     ):
@@ -236,12 +259,6 @@ def _packed_attention(
 ) -> torch.Tensor:
     """Attention of packed sequences within (batch, seqlen, nheads, headdim); other rows are 0."""
     batch, seqlen_q = q.shape[:2]
-    for expected, x in ((packing.seqlen_q, q), (packing.seqlen_k, k)):
-        if expected not in (None, x.shape[1]):
-            raise ValueError(
-                f"attention_mask: expected one for {x.shape[1]} positions, got one for {expected}. "
-                "Hint: it has a column for each key, those in the cache included."
-            )
     cu_seqlens_q, max_seqlen_q = packing.cu_seqlens_q, packing.max_seqlen_q
     if cu_seqlens_q is None:
         cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen_q
