@@ -148,8 +148,9 @@ def positions_of(lengths: tuple[int, ...]) -> torch.Tensor:
         ("llama", "position_ids"),
         ("mistral", "position_ids"),
         ("llama", "lengths"),
+        ("gpt-oss", "position_ids"),  # which keeps them from its masks
         ("mistral", "lengths"),
-        ("gpt-oss", "lengths"),  # which keeps position_ids from its masks
+        ("gpt-oss", "lengths"),
     ],
 )
 def test_packed_by_the_caller(name: str, told: str) -> None:
@@ -173,6 +174,43 @@ def test_several_rows_of_packed_sequences() -> None:
     found = logits(model, NAME, **batch)
     assert_same(found, logits(model, "eager", **batch))
     assert not torch.allclose(found, logits(model, NAME, input_ids=ids), rtol=1e-2)
+
+
+@pytest.mark.parametrize("shapes", [((4, 4),), ((2, 4), (4, 4), (4, 2))], ids=["one", "three"])
+def test_images_in_one_row(shapes: tuple[tuple[int, int], ...]) -> None:
+    """Pixtral, which tells layers of the images by lengths or, in older versions, by position_ids alone."""
+    sizes = {
+        key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    }
+    torch.manual_seed(0)
+    config = transformers.PixtralVisionConfig(**sizes, image_size=16, patch_size=4, initializer_range=0.5)
+    model, pixels = transformers.PixtralVisionModel(config).eval(), torch.randn(len(shapes), 3, 16, 16)
+    image_sizes = torch.tensor([[4 * height, 4 * width] for height, width in shapes])
+    found = []
+    for implementation in (NAME, "eager"):
+        model.set_attn_implementation(implementation)
+        found.append(model(pixel_values=pixels, image_sizes=image_sizes).last_hidden_state)
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_padding_that_a_layer_is_handed(causal: bool) -> None:
+    """Not through the mask interface; also where queries are others than the keys, but as many."""
+    torch.manual_seed(0)
+    real = padded_batch((5, 3), left=True)["attention_mask"]
+    q, k, v = torch.randn(3, 2, 2, 5, 8)
+    module = torch.nn.Module()
+    out, _ = integration.attention(module, q, k, v, real, is_causal=causal)
+    mask = real.bool()[:, None, None, :].expand(-1, 1, 5, -1)
+    mask = mask & torch.ones(5, 5, dtype=torch.bool).tril() if causal else mask
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    rows = real.bool() if causal else torch.ones_like(real, dtype=torch.bool)
+    assert_same(out[rows], expected[rows])
+    windowed = integration.attention(module, q, k, v, real, is_causal=causal, sliding_window=2)[0]
+    assert not torch.allclose(windowed, out)
+    real[0, 2] = 0
+    with pytest.raises(NotImplementedError, match="attention_mask: expected the tokens of each sequence side by side"):
+        integration.attention(module, q, k, v, real, is_causal=causal, sliding_window=2)
 
 
 def test_packed_sequences_of_a_bidirectional_model() -> None:

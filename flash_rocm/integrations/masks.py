@@ -116,15 +116,47 @@ def mask_of(
     if bool(real[:, :used].all()):
         return plain
     if window != (-1, -1) and not _is_contiguous(real):
-        raise NotImplementedError(
-            "attention_mask: expected the tokens of each sequence side by side, as the window counts them, got padding "
-            "between them. Hint: pad on the left."
-        )
+        raise _between_tokens()
     real[:, used:] = False
     packing = _packing(real, used, q_length, causal, config)
     if causal and q_length == 1:  # a step of generation
         packing = packing._replace(leftpad_k=_left_padding(real[:, :used]))
     return dense._replace(packing=packing)
+
+
+def mask_of_padding(attention_mask: torch.Tensor, q_length: int, kv_length: int, causal: bool, windowed: bool) -> Mask:
+    """Of models that hand (batch, kv_length) padding to their layers themselves, which tells of keys only."""
+    real = _padding(attention_mask, attention_mask.shape[0], kv_length, 0)
+    if windowed and not _is_contiguous(real):
+        raise _between_tokens()
+    if causal:
+        return Mask(True, packing=_packing(real, kv_length, q_length, True, None))
+    rows_k, cu_seqlens_k, max_seqlen_k = _packed(real)
+    return Mask(False, packing=Packing(None, kv_length, None, rows_k, None, cu_seqlens_k, 0, max_seqlen_k))
+
+
+def packing_of_positions(position_ids: torch.Tensor, seqlen: int) -> Packing | None:
+    """Of one row in which each sequence starts where all coordinates of its positions are the smallest.
+
+    Returns None for one sequence.
+
+    Args:
+        position_ids: (1, seqlen), or (seqlen, 2) of patches of images; of another shape they tell nothing.
+    """
+    if position_ids.shape == (1, seqlen):
+        position_ids = position_ids[0, :, None]
+    elif position_ids.shape != (seqlen, 2):
+        return None
+    starts = (position_ids == position_ids.amin(0)).all(1)
+    packing = _packed_sequences(starts.cumsum(0)[None])
+    return packing if len(packing.cu_seqlens_k) > 2 else None
+
+
+def _between_tokens() -> NotImplementedError:
+    return NotImplementedError(
+        "attention_mask: expected the tokens of each sequence side by side, as the window counts them, got padding "
+        "between them. Hint: pad on the left."
+    )
 
 
 def _padding(attention_mask: torch.Tensor, batch_size: int, kv_length: int, kv_offset: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 from flash_rocm import backends, runtime, v3
 from flash_rocm.api import flash_attn_func, flash_attn_varlen_func
 from flash_rocm.attend import autocast, needs_grad
-from flash_rocm.integrations.masks import Mask, Packing, mask_of
+from flash_rocm.integrations.masks import Mask, Packing, mask_of, mask_of_padding, packing_of_positions
 
 NAME = "flash_rocm"
 #: Of older versions of Transformers, for continuous batching; newer ones ask for :data:`NAME` itself.
@@ -108,7 +108,7 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: Mask | None,
+    attention_mask: Mask | torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -123,15 +123,17 @@ def attention(
         query: (batch, nheads, seqlen_q, headdim).
         key: (batch, nheads_k, seqlen_k, headdim).
         value: (batch, nheads_k, seqlen_k, headdim_v).
-        attention_mask: what :func:`flash_rocm.integrations.masks.mask_of` returned.
+        attention_mask: what :func:`flash_rocm.integrations.masks.mask_of` returned, or (batch, seqlen_k), True for
+            tokens.
         scaling: of the scores; default 1 / sqrt(headdim).
         softcap: scores become softcap * tanh(scores / softcap); None and 0: they stay.
         is_causal: without attention_mask, whether attention is causal; default: what the module says.
         sliding_window: a causal token sees itself and so many less one before it; one that sees both sides, so many
             less one on each.
         s_aux: (nheads,), attention sinks: ``learnable_sink`` of :mod:`flash_rocm.v3`.
-        kwargs: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k`` describe
-            sequences packed by the caller into one row; ``cache`` is that of continuous batching.
+        kwargs: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k``, or without
+            attention_mask ``position_ids`` that start again, describe sequences packed by the caller into one row, as
+            for all of Transformers' functions with "flash" in their names; ``cache`` is that of continuous batching.
 
     Returns:
         (batch, seqlen_q, nheads, headdim_v), rows of padding 0; and None for the weights.
@@ -139,14 +141,20 @@ def attention(
     Raises:
         NotImplementedError: an argument that would change the result and is not implemented.
     """
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else bool(is_causal)
+    window = _window_size(None, sliding_window, causal)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        found = mask_of_padding(attention_mask, query.shape[2], key.shape[2], causal, bool(sliding_window))
+        attention_mask = found._replace(window=window)
     _refuse(module, attention_mask, scaling, kwargs)
     if kwargs.get("cache") is not None and "write_index" in kwargs:
         key, value = _updated(module, key, value, kwargs)
-    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else bool(is_causal)
-    if attention_mask is not None:
-        causal = attention_mask.causal
+    mask = cast("Mask | None", attention_mask)
+    if mask is not None:
+        causal = mask.causal
+        window = _window_size(mask, sliding_window, causal)
     options: dict[str, Any] = {"softmax_scale": scaling, "causal": causal, "softcap": softcap or 0.0}
-    options["window_size"] = _window_size(attention_mask, sliding_window, causal)
+    options["window_size"] = window
     if s_aux is None:
         options["dropout_p"] = dropout
     elif dropout:
@@ -156,17 +164,17 @@ def attention(
     else:
         options["learnable_sink"] = s_aux
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    packing = _packing_of(attention_mask, q, k, kwargs)
+    packing = _packing_of(mask, q, k, kwargs)
     if packing is not None and (packing.leftpad_k is None or not _is_step(q, k, v, s_aux, dropout)):
         return _packed_attention(q, k, v, packing, options), None
-    if attention_mask is not None and attention_mask.seqlen_k is not None:
-        k, v = k[:, : attention_mask.seqlen_k], v[:, : attention_mask.seqlen_k]
+    if mask is not None and mask.seqlen_k is not None:
+        k, v = k[:, : mask.seqlen_k], v[:, : mask.seqlen_k]
     if _is_step(q, k, v, s_aux, dropout):
         q, k, v = autocast(q, k, v)
         options.pop("dropout_p", None)
         leftpad = None if packing is None else packing.leftpad_k
-        lengths = k.shape[1] if leftpad is not None else None
-        step = v3.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, cache_leftpad=leftpad, **options)
+        used = k.shape[1] if leftpad is not None else None
+        step = v3.flash_attn_with_kvcache(q, k, v, cache_seqlens=used, cache_leftpad=leftpad, **options)
         return cast(torch.Tensor, step), None
     function = flash_attn_func if s_aux is None else v3.flash_attn_func
     return cast(torch.Tensor, function(q, k, v, **options)), None
@@ -232,6 +240,10 @@ def _packing_of(mask: Mask | None, q: torch.Tensor, k: torch.Tensor, kwargs: dic
     given = kwargs.get("cu_seq_lens_q")
     if given is None:
         packing = None if mask is None else mask.packing
+        positions, seqlen = kwargs.get("position_ids"), k.shape[1]
+        is_open = mask is None or mask == Mask(True, mask.window)  # may hold more sequences than one
+        if is_open and positions is not None and len(q) == 1 and q.shape[1] == seqlen > 1:
+            packing = packing_of_positions(positions, seqlen)
         for expected, x in ((packing.seqlen_q, q), (packing.seqlen_k, k)) if packing is not None else ():
             if expected not in (None, x.shape[1]):
                 raise ValueError(
