@@ -103,6 +103,20 @@ def test_prompts_in_parts(name: str, kind: str, lengths: tuple[int, ...]) -> Non
     assert_same(*found)
 
 
+def test_steps_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the dtype of autocast, as the prompt."""
+    seen = []
+    inner = integration.v3.flash_attn_with_kvcache
+    monkeypatch.setattr(
+        integration.v3,
+        "flash_attn_with_kvcache",
+        lambda *qkv, **named: seen.append({x.dtype for x in qkv}) or inner(*qkv, **named),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        generated(make("llama", num_hidden_layers=1), NAME, padded_batch(left=True))
+    assert seen == [{torch.bfloat16}] * (NEW - 1)
+
+
 @torch.no_grad()
 def test_padding_between_tokens() -> None:
     """As behind prompts that were padded on the right."""
