@@ -33,6 +33,17 @@ def test_generate(name: str, cache: str) -> None:
     assert len({tuple(row) for row in found}) > 1
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["gpt-oss", "deepseek-v3"])
+def test_generate_with_triton_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps over a static cache, with windows and sinks or with values of another head dim."""
+    monkeypatch.setitem(globals(), "NEW", 3)
+    model, batch = make(name), padded_batch((6, 2), left=True)
+    expected = generated(model, "eager", batch, cache_implementation="static")
+    monkeypatch.setenv("FLASH_ROCM_BACKEND", "triton")
+    assert generated(model, NAME, batch, cache_implementation="static") == expected
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt-oss"])
 def test_generate_without_padding(name: str, cache: str) -> None:
