@@ -193,6 +193,16 @@ def test_images_in_one_row(shapes: tuple[tuple[int, int], ...]) -> None:
     assert_same(*found)
 
 
+def test_sequences_known_by_their_positions() -> None:
+    patches = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1], [0, 0], [0, 1]])
+    for positions in (patches, torch.tensor([[2, 3, 4, 5, 2, 3]])):
+        packing = masks.packing_of_positions(positions, 6)
+        assert packing is not None and packing.cu_seqlens_q is packing.cu_seqlens_k
+        assert packing.cu_seqlens_k.tolist() == [0, 4, 6] and packing.max_seqlen_k == 4
+        assert masks.packing_of_positions(positions, 7) is None  # of something else
+    assert masks.packing_of_positions(patches[:4], 4) is None  # one image
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_padding_that_a_layer_is_handed(causal: bool) -> None:
     """Not through the mask interface; also where queries are others than the keys, but as many."""
