@@ -123,7 +123,7 @@ class Encoder:
         self.exact.set_attn_implementation("sdpa")
 
     def use(self, implementation: str) -> None:
-        """Switch the working model between ``rocm_attention`` and ``sdpa``."""
+        """Switch the working model between ``flash_rocm`` and ``sdpa``."""
         self.model.set_attn_implementation(implementation)
 
     def tokenize(self, sentences: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""README stays true: its support table is the capability data, its example runs, and those of docs/inference.md.
+"""README stays true: its support table is the capability data; its example and those of two pages of docs run.
 
 ``python tests/test_readme.py`` writes the table anew.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,19 @@ def test_examples_of_inference_run() -> None:
     out, same = names["out"], names["same"]
     assert isinstance(out, torch.Tensor) and isinstance(same, torch.Tensor)
     assert torch.equal(out, same) and out.any()
+
+
+def test_examples_of_transformers_run() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    text = (README.parent / "docs" / "transformers.md").read_text()
+    names: dict[str, Any] = {}
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "transformers.md", "exec"), names)
+    assert names["model"].config._attn_implementation == "flash_rocm"
+    assert names["out"].shape == (2, 20)
+    assert torch.nn.attention.current_flash_attention_impl() is None
 
 
 @pytest.mark.parametrize("path", [README, *sorted((README.parent / "docs").glob("*.md"))], ids=lambda path: path.name)
