@@ -41,6 +41,14 @@ def matrix_of(x: torch.Tensor) -> Matrix | None:
     return Matrix(rows, cols, row)
 
 
+def required_matrix(x: torch.Tensor | None) -> Matrix:
+    """The tensor as a matrix, which the choice of the kernel has made sure that it is."""
+    found = None if x is None else matrix_of(x)
+    if found is None:
+        raise ValueError(f"expected a tensor that is a matrix of all heads, got {x if x is None else x.stride()}")
+    return found
+
+
 class Tile(NamedTuple):
     """Rows and columns of one copy; in shared memory it has the swizzle of matrix products."""
 
@@ -48,8 +56,9 @@ class Tile(NamedTuple):
     rows: int
     cols: int
 
-    def of(self, x: torch.Tensor, matrix: Matrix) -> TensorDescriptor:
-        """Triton's descriptor of a matrix that is copied in such tiles."""
+    def of(self, x: torch.Tensor | None) -> TensorDescriptor:
+        """Triton's descriptor of a tensor that is copied in such tiles."""
+        matrix = required_matrix(x)
         return TensorDescriptor(x, [matrix.rows, matrix.cols], [matrix.stride, 1], [self.rows, self.cols], _layout())
 
     def specialisation(self) -> Any:

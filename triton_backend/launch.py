@@ -17,7 +17,7 @@ from . import prebuilt, virtual
 from .backward_kernels import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel
 from .common import INTERPRET
 from .compile import BUFFER_BYTES
-from .descriptors import Known, Matrix, Tile, matrix_of
+from .descriptors import Known, Matrix, Tile, matrix_of, required_matrix
 from .forward_hopper import attn_fwd_hopper_kernel, tile_rows
 from .forward_kernel import attn_fwd_kernel
 from .plan import Launchable, Plan, is_plain, kernel_config, plan
@@ -46,7 +46,7 @@ class Call(NamedTuple):
 
     def arguments(self) -> tuple[Any, ...]:
         """Tensors and descriptors of them, in the kernel's order."""
-        described = (tile.of(x, _matrix(x)) for tile, x in zip(self.tiles, self.tensors, strict=False))
+        described = (tile.of(x) for tile, x in zip(self.tiles, self.tensors, strict=False))
         return (*described, *self.tensors[len(self.tiles) :])
 
 
@@ -134,7 +134,7 @@ class Launcher:
             if key is not None:
                 if len(self._known) >= _KNOWN_MAX:
                     self._known.clear()
-                matrices = tuple(_matrix(x) for _, x in zip(call.tiles, tensors, strict=False))
+                matrices = tuple(required_matrix(x) for _, x in zip(call.tiles, tensors, strict=False))
                 self._known[key] = _Known(compiled, device.index, programs, tail, matrices)
 
     def kernel_of(self, current: Launchable) -> Any:
@@ -228,19 +228,13 @@ def new_call(
     scalars += _modifiers(current)
     if kernel != "probs":
         scalars.append(current.dropout_rescale)
-    programs, tiles = current.blocks * problem.batch * heads, ()
+    programs = current.blocks * problem.batch * heads
+    tiles: tuple[Tile, ...] = ()
     if current.implementation == "gluon":
         tiles = tuple(Tile(x.dtype, *tile) for x, tile in zip(strided, tile_rows(current.constants), strict=True))
         # Programs take one tile after another; unequal ones the chip deals better, as programs become free.
         programs = programs if problem.varlen else min(programs, virtual_device.arch_of(q.device).num_cus)
     return Call(current, programs, tensors, lse_strides, tuple(scalars), constants, tiles)
-
-
-def _matrix(x: torch.Tensor | None) -> Matrix:
-    found = None if x is None else matrix_of(x)
-    if found is None:
-        raise ValueError(f"expected a tensor that is a matrix of heads, got strides {x and x.stride()}")
-    return found
 
 
 def pointers_of(tensors: Tensors) -> tuple[list[int | None], Any]:
