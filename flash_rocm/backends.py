@@ -169,7 +169,7 @@ def refusal_reasons(name: str, problem: AttentionProblem, arch: Arch) -> list[st
 
 def incapacities(name: str, problem: AttentionProblem, arch: Arch) -> list[str]:
     """The reasons that no installation or build removes."""
-    own = ck_instances.refusals(problem, arch.name, None) if name == "ck" else []
+    own = ck_instances.refusals(problem, arch.name, ck_instances.shipped(arch.name)) if name == "ck" else []
     return _arch_reasons(CAPABILITIES[name], arch) + _problem_reasons(name, problem) + own
 
 

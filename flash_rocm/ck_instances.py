@@ -127,6 +127,13 @@ def built() -> CkLibrary | None:
 
 
 @functools.lru_cache(maxsize=16)
+def shipped(arch: str) -> CkLibrary:
+    """The library that all entries of the shipped configs would make; no folder holds it."""
+    instances = [instance for entry in config.arch_configs(arch).ck for instance in from_config(entry, arch)]
+    return CkLibrary(pathlib.Path(), (arch,), tuple(instances))
+
+
+@functools.lru_cache(maxsize=16)
 def _built(explicit: pathlib.Path | None) -> CkLibrary | None:
     folder = files.library_folder(explicit, MANIFEST, LIBRARY)
     return None if folder is None else _read(folder)

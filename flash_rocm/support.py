@@ -70,7 +70,7 @@ def problem_with(feature: str, needs_grad: bool = False) -> AttentionProblem:
 
 
 def answer(name: str, feature: str) -> str:
-    """``yes``, ``no``, ``forward`` (only) or another part: what a back end, installed and built, does with a feature."""
+    """``yes``, ``no``, ``forward`` (only) or another part: what a back end that is built whole does with a feature."""
     arch = runtime.arch_named((backends.CAPABILITIES[name].archs or ("cpu",))[0])
     if backends.incapacities(name, problem_with(feature), arch):
         part, fields = _PARTS.get(feature, ("no", {}))

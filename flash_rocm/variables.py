@@ -43,8 +43,8 @@ RUN = {
 #: Likewise, of what a build looks at.
 BUILD = {
     "FLASH_ROCM_BUILD": (
-        "of `pip install`: `none` (default); `ck`, which compiles the Composable Kernel library; `cuda`, which compiles "
-        "append and combine in C++ for NVIDIA GPUs ([ck.md](ck.md#the-auxiliary-kernels))"
+        "of `pip install`: `none` (default); `ck`, which compiles the Composable Kernel library; `cuda`, which "
+        "compiles append and combine in C++ for NVIDIA GPUs ([ck.md](ck.md#the-auxiliary-kernels))"
     ),
     "FLASH_ROCM_ARCHS": 'archs of that library, `"gfx90a;gfx942"` or `"sm80;sm90"`',
     "GPU_ARCHS": "the same, as other ROCm projects call it; `FLASH_ROCM_ARCHS` wins",
