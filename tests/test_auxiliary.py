@@ -1,7 +1,8 @@
 """The auxiliary kernels in C++, against float64 and the oracles of the tests.
 
 The same tests where the library of the ``ck`` back end is, its code executed on the virtual GPU, and where that of CUDA
-is, on a GPU: ``flash-rocm build --cuda --arch sm90 --output DIR/cuda``, then ``FLASH_ROCM_TEST_CUDA=DIR pytest -m gpu``.
+is, on a GPU: after ``flash-rocm build --cuda --arch sm90 --output DIR/cuda``,
+``FLASH_ROCM_TEST_CUDA=DIR pytest -m gpu``.
 """
 
 from __future__ import annotations
