@@ -13,13 +13,13 @@ from flash_rocm import validation
 
 
 def index_first_axis(input: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Rows of input (rows, ...) at indices (n,) int64, with a gradient: (n, ...)."""
+    """Rows of input (rows, ...) at indices (n,) int32 or int64, with a gradient: (n, ...)."""
     return input.index_select(0, indices)
 
 
 def index_put_first_axis(values: torch.Tensor, indices: torch.Tensor, first_axis_dim: int) -> torch.Tensor:
     """values (n, ...) as the rows indices (n,) of a tensor (first_axis_dim, ...) of zeros, with a gradient."""
-    return values.new_zeros((first_axis_dim, *values.shape[1:])).index_copy(0, indices, values)
+    return values.new_zeros((first_axis_dim, *values.shape[1:])).index_copy(0, indices.long(), values)
 
 
 def index_first_axis_residual(input: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

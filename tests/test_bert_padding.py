@@ -47,6 +47,9 @@ def test_rows() -> None:
     rows, residual = bp.index_first_axis_residual(x.requires_grad_(), indices)
     assert same(rows, x[indices]) and same(residual, x.detach()) and not residual.requires_grad
     placed = bp.index_put_first_axis(rows, indices, 6)
+    # Transformers gives 32-bit ones.
+    assert same(bp.index_put_first_axis(rows, indices.int(), 6), placed)
+    assert same(bp.index_first_axis(x, indices.int()), bp.index_first_axis(x, indices))
     assert placed.shape == (6, 2, 3) and same(placed[indices], rows) and not placed[[1, 3, 5]].any()
 
 
