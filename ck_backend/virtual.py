@@ -11,15 +11,14 @@ import contextlib
 import ctypes
 import functools
 import pathlib
-import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from flash_rocm import virtual_device
+from flash_rocm.amdgpu import bundles
 
-_BUNDLE_MAGIC = b"__CLANG_OFFLOAD_BUNDLE__"
 _HIP_SUCCESS, _HIP_LAUNCH_FAILURE = 0, 719
 
 
@@ -125,25 +124,8 @@ def _code_object(bundle: int, name: str, arch: str) -> Any:
     """One kernel, decoded; the library stays loaded, so that an address names its code objects for good."""
     from flash_rocm.virtual import load_code_object
 
-    for target, code in _entries(bundle):
-        if target.rpartition("--")[2].split(":")[0] == arch:
+    found = bundles.code_objects(lambda offset, size: ctypes.string_at(bundle + offset, size))
+    for target, code in found:
+        if target == arch:
             return load_code_object(code, kernel=name)
-    found = ", ".join(target.rpartition("--")[2] for target, _ in _entries(bundle) if "amdgcn" in target)
-    raise RuntimeError(f"{name}: expected code for {arch} in the library, found {found}")
-
-
-def _entries(bundle: int) -> list[tuple[str, bytes]]:
-    """(target, code object) of a fat binary of clang's: a table, then the files (ClangOffloadBundler documentation)."""
-    magic = ctypes.string_at(bundle, len(_BUNDLE_MAGIC))
-    if magic != _BUNDLE_MAGIC:
-        raise RuntimeError(f"expected an uncompressed fat binary of clang's, got one that starts with {magic!r}")
-    place = bundle + len(_BUNDLE_MAGIC)
-    (count,) = struct.unpack("<Q", ctypes.string_at(place, 8))
-    place += 8
-    entries = []
-    for _ in range(count):
-        offset, size, length = struct.unpack("<QQQ", ctypes.string_at(place, 24))
-        target = ctypes.string_at(place + 24, length).decode()
-        entries.append((target, ctypes.string_at(bundle + offset, size)))
-        place += 24 + length
-    return entries
+    raise RuntimeError(f"{name}: expected code for {arch} in the library, found {', '.join(a for a, _ in found)}")

@@ -245,9 +245,10 @@ def test_nvidia_registers() -> None:
 
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_two_workgroups_of_the_forward_fit_a_multiprocessor(mask: str) -> None:
-    """sm90, head dim 64: 256 threads may hold 128 of 65536 registers each; with more, speed falls by a third."""
+    """sm90, Triton's, head dims to 64: 256 threads may hold 128 of 65536 registers each; else speed falls by a third."""
     triton_needed()
-    assert inspect_problem("sm90", "forward", "bf16", 64, mask).resources.vgprs <= 128
+    # At 64 itself plain calls take the Gluon kernel; 32 has the same config.
+    assert inspect_problem("sm90", "forward", "bf16", 32, mask).resources.vgprs <= 128
 
 
 def _selected(*arguments: str) -> set[tuple[str, int, str]]:
@@ -426,7 +427,7 @@ def objdump_needed() -> None:
 
 def test_no_disassembler(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
-    with pytest.raises(InspectError, match="needs llvm-objdump of LLVM 22 or newer .* none found. Hint: apt-get"):
+    with pytest.raises(InspectError, match="need llvm-objdump of LLVM 22 or newer .* none found. Hint: apt-get"):
         objects.find_objdump()
     old = tmp_path / "llvm-objdump"
     old.write_text("#!/bin/sh\necho 'Debian LLVM version 14.0.6'\n")

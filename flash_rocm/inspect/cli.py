@@ -26,6 +26,7 @@ from .kernels import (
     headdims_of,
     is_shipped,
 )
+from .library import inspect_library
 from .objects import inspect_object
 from .report import Case, Report
 from .tables import as_json, as_table, read_json
@@ -101,13 +102,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(modelled, uncalibrated; seconds a kernel); with --format json only that is printed",
     )
     add("--object", type=pathlib.Path, metavar="FILE.co", help="inspect this code object instead of our kernels")
+    add(
+        "--backend",
+        choices=("triton", "ck"),
+        default="triton",
+        help="ck: the built library, of which --kernel takes patterns of names, 'forward_*'; default: %(default)s",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Inspect and print; 1 if a check or a compilation failed, 2 for wrong arguments."""
     try:
         old = read_json(args.diff) if args.diff else None
-        reports, failures = _object_reports(args) if args.object else _kernel_reports(args)
+        reports, failures = _reports(args)
         text = as_json(reports) if args.format == "json" else as_table(reports)
         if args.model and args.format == "json":
             text = _model(args, reports)
@@ -128,8 +135,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace, reports: list[Report]) -> str:
     """What --model prints: a table beneath that of the reports, or as JSON in its place."""
-    if args.object:
-        raise InspectError("--model: expected without --object, got both")
+    for name, given in (("--object", args.object), ("--backend ck", args.backend == "ck")):
+        if given:
+            raise InspectError(f"--model: expected without {name}, got both")
     # Only this needs numpy.
     from . import model
 
@@ -165,6 +173,14 @@ def cases_of(args: argparse.Namespace, kernels: tuple[str, ...] = SHIPPED_KERNEL
     for case in cases:
         check_case(case)
     return cases
+
+
+def _reports(args: argparse.Namespace) -> tuple[list[Report], list[str]]:
+    if args.backend == "ck":
+        if args.object or args.mask != list(MASKS):
+            raise InspectError("--backend ck: expected without --object and --mask. Hint: --kernel '*_masked'")
+        return inspect_library(args.arch, args.kernel or [], args.dtype, args.headdim or []), []
+    return _object_reports(args) if args.object else _kernel_reports(args)
 
 
 def _kernel_reports(args: argparse.Namespace) -> tuple[list[Report], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 import shutil
@@ -34,7 +35,7 @@ def find_objdump() -> pathlib.Path:
             return pathlib.Path(path)
         seen.append(f"{path} is LLVM {version}")
     raise InspectError(
-        f"--object needs llvm-objdump of LLVM {_MINIMUM_LLVM} or newer on PATH or in $ROCM_HOME/llvm/bin: "
+        f"code objects need llvm-objdump of LLVM {_MINIMUM_LLVM} or newer on PATH or in $ROCM_HOME/llvm/bin: "
         f"{'; '.join(seen) or 'none found'}. Hint: apt-get install llvm-{_MINIMUM_LLVM}"
     )
 
@@ -74,7 +75,8 @@ def inspect_object(path: pathlib.Path, arch: str, kernel: str, headdim: int) -> 
     text = _run(disassemble)
     # The kernel descriptors, which LLVM prints as the directives that made them.
     descriptors = _run([*disassemble, "-j", ".rodata"])
-    waves = _waves_per_workgroup(objdump, path)
+    notes = _notes(objdump, path)
+    waves = _waves_per_workgroup(notes)
     kernels = re.findall(r"^\.amdhsa_kernel (\S+)\n(.*?)^\.end_amdhsa_kernel", descriptors, re.MULTILINE | re.DOTALL)
     if not kernels:
         raise InspectError(f"{path}: expected a code object with a kernel, found none")
@@ -87,6 +89,8 @@ def inspect_object(path: pathlib.Path, arch: str, kernel: str, headdim: int) -> 
         except AssemblyError as error:
             raise InspectError(f"{path}: {error}") from error
         resources = _resources(directives, sum(instruction.size for instruction in program.instructions))
+        vgpr_spills, sgpr_spills = _spills(notes, name)
+        resources = dataclasses.replace(resources, vgpr_spills=vgpr_spills, sgpr_spills=sgpr_spills)
         reports.append(amd_report(Case(arch, name), program, resources, waves, work, config=path.name))
     return reports
 
@@ -118,12 +122,36 @@ def _resources(directives: str, code_bytes: int) -> Resources:
     )
 
 
-def _waves_per_workgroup(objdump: pathlib.Path, path: pathlib.Path) -> int:
-    """From the metadata, which llvm-readelf prints."""
-    readelf = objdump.with_name(objdump.name.replace("objdump", "readelf"))
-    if not readelf.is_file():
-        raise InspectError(f"--object needs {readelf.name} beside {objdump}, found none")
-    notes = _run([str(readelf), "--notes", str(path)])
+def demangled(symbol: str) -> str:
+    """The C++ name of a symbol."""
+    return _run([str(_beside(find_objdump(), "cxxfilt")), symbol]).strip()
+
+
+def _beside(objdump: pathlib.Path, name: str) -> pathlib.Path:
+    """Another tool of the same LLVM."""
+    tool = objdump.with_name(objdump.name.replace("objdump", name))
+    if not tool.is_file():
+        raise InspectError(f"inspecting code objects needs {tool.name} beside {objdump}, found none")
+    return tool
+
+
+def _notes(objdump: pathlib.Path, path: pathlib.Path) -> str:
+    """The metadata, as llvm-readelf prints it."""
+    return _run([str(_beside(objdump, "readelf")), "--notes", str(path)])
+
+
+def _spills(notes: str, name: str) -> tuple[int, int]:
+    """Spilled VGPRs and SGPRs of a kernel; its keys are sorted.  0 where the metadata does not say."""
+    found = re.search(rf"^\s+\.name:\s+{re.escape(name)}\n(.*?)(?:^\s+- \.\w+:|\Z)", notes, re.MULTILINE | re.DOTALL)
+    counts = (
+        re.search(rf"\.{kind}_spill_count:\s+(\d+)", found.group(1) if found else "") for kind in ("vgpr", "sgpr")
+    )
+    vgpr, sgpr = (int(count.group(1)) if count else 0 for count in counts)
+    return vgpr, sgpr
+
+
+def _waves_per_workgroup(notes: str) -> int:
+    """From the metadata."""
     required = re.search(r"\.reqd_workgroup_size:\n\s+- (\d+)\n\s+- (\d+)\n\s+- (\d+)", notes)
     most = re.search(r"\.max_flat_workgroup_size: (\d+)", notes)
     lanes = re.search(r"\.wavefront_size: (\d+)", notes)

@@ -1,0 +1,102 @@
+"""``flash-rocm inspect --backend ck``: the kernels of a built library."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import struct
+from typing import Any
+
+import pytest
+from ck_library import ARCHS, NAMES
+
+from flash_rocm import ck_instances, cli
+from flash_rocm.amdgpu.bundles import bundles_of, code_objects
+from flash_rocm.inspect.library import _short_name
+
+
+def bundle(*entries: tuple[str, bytes]) -> bytes:
+    """As clang writes it: a table, then the files."""
+    offset = 32 + sum(24 + len(target) for target, _ in entries)
+    table, files = b"", b""
+    for target, code in entries:
+        table += struct.pack("<QQQ", offset + len(files), len(code), len(target)) + target.encode()
+        files += code
+    return b"__CLANG_OFFLOAD_BUNDLE__" + struct.pack("<Q", len(entries)) + table + files
+
+
+def test_code_objects_of_a_library() -> None:
+    first = bundle(
+        ("host-x86_64-unknown-linux-gnu-", b""),
+        ("hipv4-amdgcn-amd-amdhsa--gfx90a:xnack-", b"one"),
+        ("hipv4-amdgcn-amd-amdhsa--gfx942", b"two"),
+    )
+    library = b"ELF" + first + b"between" + bundle(("hipv4-amdgcn-amd-amdhsa--gfx942", b"three")) + b"end"
+    assert list(bundles_of(library)) == [[("gfx90a", b"one"), ("gfx942", b"two")], [("gfx942", b"three")]]
+    with pytest.raises(
+        ValueError, match="expected an uncompressed fat binary of clang's, got one that starts with b'CCOB"
+    ):
+        code_objects(lambda offset, size: b"CCOB compressed".ljust(size)[offset : offset + size])
+
+
+def test_short_names() -> None:
+    name = "void flash_ck::(anonymous namespace)::combine_kernel<4, __half>(flash_ck::CombineParams)"
+    assert _short_name(name) == "combine_kernel<4, __half>"
+    assert _short_name("void f::delta_kernel(f::P)") == "delta_kernel"
+    assert _short_name("plain") == "plain"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    (
+        ((), "expected a built library, found none. Hint: FLASH_ROCM_BUILD=ck FLASH_ROCM_ARCHS=\"gfx942\" pip"),
+        (("--mask", "causal"), "expected without --object and --mask"),
+        (("--object", "x.co"), "expected without --object and --mask"),
+        (("--model",), "expected a built library, found none"),
+    ),
+    ids=str,
+)  # fmt: skip
+def test_errors(
+    arguments: tuple[str, ...],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: pathlib.Path,
+) -> None:
+    monkeypatch.setenv("FLASH_ROCM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(ck_instances, "built", lambda: None)
+    assert cli.main(["inspect", "--backend", "ck", "--arch", "gfx942", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.ck
+def test_every_instance_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    """By its own name, with what the compiler says of it."""
+
+    def inspect(*arguments: str) -> list[dict[str, Any]]:
+        assert cli.main(["inspect", "--backend", "ck", "--format", "json", *arguments]) == 0
+        reports: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["reports"]
+        return reports
+
+    reports = inspect("--arch", "amd", "--kernel", "forward_*,backward_*,splitkv_*")
+    assert {(report["case"]["arch"], report["case"]["kernel"]) for report in reports} == {
+        (arch, name) for arch in ARCHS for name in NAMES
+    }
+    for report in reports:
+        case, resources = report["case"], report["resources"]
+        assert 0 < resources["vgprs"] <= 512 and 0 < resources["lds_bytes"] <= 65536 and report["waves_per_simd"]
+        assert f"_d{case['headdim']}" in case["kernel"] and f"_{case['dtype']}_" in case["kernel"]
+    spilled = {report["case"]["kernel"]: report["resources"]["vgpr_spills"] for report in reports}
+    assert spilled["forward_fp16_d64_dense"] == 0 < spilled["forward_bf16_d128_dense_masked"]
+    one = inspect("--arch", "gfx942", "--kernel", "combine_kernel*")
+    assert one and all(report["case"]["kernel"].startswith("combine_kernel<") for report in one)
+    only = inspect("--arch", "gfx942", "--dtype", "fp16", "--headdim", "64", "--kernel", "forward*")
+    assert [report["case"]["kernel"] for report in only] == ["forward_fp16_d64_dense"]
+    assert cli.main(["inspect", "--backend", "ck", "--arch", "gfx1100"]) == 2
+    assert "expected arguments that fit a kernel of" in capsys.readouterr().err
+
+
+@pytest.mark.ck
+def test_no_model_of_a_library(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "--backend", "ck", "--arch", "gfx942", "--kernel", "combine*", "--model"]) == 2
+    assert "--model: expected without --backend ck, got both" in capsys.readouterr().err
