@@ -245,7 +245,7 @@ def test_nvidia_registers() -> None:
 
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_two_workgroups_of_the_forward_fit_a_multiprocessor(mask: str) -> None:
-    """sm90, Triton's, head dims to 64: 256 threads may hold 128 of 65536 registers each; else speed falls by a third."""
+    """sm90, Triton's, head dims to 64: 256 threads may hold 128 of 65536 registers each; with more it is slower."""
     triton_needed()
     # At 64 itself plain calls take the Gluon kernel; 32 has the same config.
     assert inspect_problem("sm90", "forward", "bf16", 32, mask).resources.vgprs <= 128
