@@ -49,7 +49,7 @@ def _find_nvcc(home: str) -> str:
 
 
 def targets_of(archs: Sequence[str]) -> list[str]:
-    """Flags that compile for archs, and for GPUs that are newer than all of them.
+    """Flags that compile for archs, and for all GPUs that are newer than the oldest of them.
 
     Raises:
         BuildError: a name is not that of an NVIDIA arch.
@@ -58,8 +58,8 @@ def targets_of(archs: Sequence[str]) -> list[str]:
         if not re.fullmatch(r"sm\d{2,3}", arch) or int(arch[2:]) < 80:
             raise BuildError(f"FLASH_ROCM_ARCHS: expected archs of NVIDIA such as sm80;sm90, sm80 or newer, got {arch}")
     numbers = sorted({int(arch[2:]) for arch in archs})
-    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
-    return [*flags, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
+    # The driver compiles the code of the nearest older arch for a GPU that is not named.
+    return [f"-gencode=arch=compute_{number},code=[sm_{number},compute_{number}]" for number in numbers]
 
 
 def build(request: BuildRequest, work: pathlib.Path, out: pathlib.Path) -> tuple[str, ...]:

@@ -208,5 +208,5 @@ def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
 def combine(
     problem: AttentionProblem, out_partial: torch.Tensor, lse_partial: torch.Tensor, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of results over disjoint sets of keys; see :class:`flash_rocm.backends.Backend`."""
-    return auxiliary.combine(launch, out_partial, lse_partial, out_dtype)
+    """Of parts that the caller brings, which are float32: refused.  Those of ``attend`` are combined there."""
+    raise NotImplementedError("ck: float32 is not implemented, and selection does not send it here")

@@ -114,8 +114,15 @@ def devices(virtual: virtual_device.VirtualDevice | None) -> list[tuple[str, run
     return found
 
 
+def _availability_reasons(name: str, arch: runtime.Arch) -> list[str]:
+    try:
+        return backends.availability_reasons(name, arch)
+    except ValueError as error:  # a damaged library
+        return [f"error, {error}"]
+
+
 def _device(label: str, arch: runtime.Arch, request: str) -> dict[str, Any]:
-    reasons = {name: backends.availability_reasons(name, arch) for name in backends.CAPABILITIES}
+    reasons = {name: _availability_reasons(name, arch) for name in backends.CAPABILITIES}
     order = backends.AUTO_ORDER[arch.vendor]
     return {
         "device": label,

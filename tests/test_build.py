@@ -124,7 +124,7 @@ def test_every_config_that_a_length_takes_is_built(tmp_path: pathlib.Path) -> No
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ("--arch gfx942", "one of the arguments --triton --ck is required"),
+        ("--arch gfx942", "one of the arguments --triton --ck --cuda is required"),
         ("--triton --arch gfx000", "arch: expected sm... or one of gfx90a"),
         ("--triton --arch gfx942 --layout ragged", "--layout: expected some of dense, varlen, got 'ragged'"),
         ("--triton --arch gfx942 --headdim 100", "--headdim: expected multiples of 8"),

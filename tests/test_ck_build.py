@@ -426,7 +426,9 @@ def test_a_library_without_the_chip(tmp_path: pathlib.Path, monkeypatch: pytest.
     assert 'FLASH_ROCM_ARCHS="gfx90a;gfx942"' in reason
 
 
-def test_a_damaged_list(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_list(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     install(tmp_path / "ck", [])
     monkeypatch.setenv("FLASH_ROCM_CACHE_DIR", str(tmp_path))
     for text, words in (
@@ -438,6 +440,9 @@ def test_a_damaged_list(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch)
         ck_instances._built.cache_clear()
         with pytest.raises(ConfigError, match=re.escape(words)):
             ck_instances.built()
+    # The report of what is wrong comes.
+    assert cli.main(["info"]) == 0
+    assert words in capsys.readouterr().out
 
 
 def test_the_smallest_head_dim_and_then_the_first_is_taken() -> None:

@@ -49,7 +49,7 @@ def test_info_shows_what_back_ends_support(capsys: pytest.CaptureFixture[str]) -
     assert found["devices"][0]["backends"]["reference"] == [] and found["devices"][0]["auto"] == "reference"
     lines = text[text.index("\nsupport") :].splitlines()
     for label, *cells in rows[3:]:
-        assert any(line.split() == [*label.split(), *cells] for line in lines), label
+        assert any(line.split() == " ".join((label, *cells)).split() for line in lines), label
     for name, cells in zip(names, zip(*(cells for _, *cells in rows[:3]), strict=True), strict=True):
         assert f"  {name:<10} {cells[0]}; {cells[1]}; head dims {cells[2]}" in lines
 

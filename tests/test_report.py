@@ -156,6 +156,14 @@ def test_the_page_is_self_contained_and_escaped(folder: pathlib.Path, tmp_path: 
     assert (again / "index.html").read_text() == text
 
 
+def test_the_page_says_what_was_not_measured_on_amd(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    words = "Nothing here was measured on an AMD GPU"
+    found = results.collect([folder])
+    assert words in page.page(found)
+    found[0].report.environment["hip"] = "7.1"
+    assert words not in page.page(found)
+
+
 def test_the_page_says_where_configs_come_from() -> None:
     rows = Tables(page.page([])).rows
     (head,) = [row for row in rows if row[:2] == ["arch", "file"]]
@@ -303,6 +311,17 @@ def test_bad_arguments(
         (("--report", folder / "speed.json"), "--report: expected a folder, got the file"),
         (("--report", tmp_path, "--results", tmp_path / "no.json"), "no.json"),
         (("--report", tmp_path, "--results", tmp_path / "empty"), "expected a folder with JSON files"),
+        *(
+            (("--report", tmp_path, "--results", folder, *option), f"{option[0]}: expected none beside --results")
+            for option in (
+                ("--speed",),
+                ("--memory",),
+                ("--overhead",),
+                ("--decode",),
+                ("--json", "x"),
+                ("--plot", "x"),
+            )
+        ),
     ]
     for arguments, message in cases:
         assert run(*arguments) == 2

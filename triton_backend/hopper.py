@@ -21,10 +21,3 @@ def copy_at(buffer, rows, exists, DIMS: gl.constexpr):
     """A warpgroup starts the copy of DIMS numbers from each of the row starts; rows that do not exist become 0."""
     dims = gl.arange(0, DIMS, layout=gl.SliceLayout(0, row_layout(DIMS)))
     copy(buffer, rows[:, None] + dims[None, :], mask=exists[:, None])
-
-
-@gluon.jit
-def copy_rows(buffer, ptr, stride, rows_left, ROWS: gl.constexpr, DIMS: gl.constexpr):
-    """The same for [ROWS, DIMS] of a matrix, of which rows_left rows exist."""
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout(DIMS)))
-    copy_at(buffer, ptr + rows.to(gl.int64) * stride, rows < rows_left, DIMS)

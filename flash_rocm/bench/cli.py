@@ -103,6 +103,10 @@ def _check_report(args: argparse.Namespace) -> None:
     """Before anything is measured."""
     if args.results and not args.report:
         raise ValueError("--results: expected --report DIR beside it, got none.")
+    if args.results:
+        for name in ("speed", "memory", "overhead", "decode", "json", "plot"):
+            if getattr(args, name):
+                raise ValueError(f"--{name}: expected none beside --results, which measures nothing, got it.")
     if args.report and not plot.available():
         raise ValueError(f"--report: expected matplotlib. Hint: {plot.HINT}.")
     if args.report and args.report.exists() and not args.report.is_dir():
