@@ -191,12 +191,20 @@ def _problem_reasons(name: str, problem: AttentionProblem) -> list[str]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _decide(problem: AttentionProblem, arch: Arch, requested: str, interpret: bool, library: CkLibrary | None) -> str:
+def _decide(
+    problem: AttentionProblem, arch: Arch, requested: str, interpret: bool, library: CkLibrary | None
+) -> str | None:
     # The last two are what the reasons depend on beside the rest.
-    candidates = AUTO_ORDER[arch.vendor] if requested == "auto" else (requested,)
-    for name in candidates:
-        if not refusal_reasons(name, problem, arch):
-            return name
+    names = _candidates(arch, requested)
+    return next((name for name in names if not refusal_reasons(name, problem, arch)), None)
+
+
+def _candidates(arch: Arch, requested: str) -> tuple[str, ...]:
+    return AUTO_ORDER[arch.vendor] if requested == "auto" else (requested,)
+
+
+def _refusal(problem: AttentionProblem, arch: Arch, requested: str) -> BackendError:
+    candidates = _candidates(arch, requested)
     lines = [f"no back end can run this call: {problem.describe()}; device {arch.name}; requested {requested}"]
     for name in CAPABILITIES:
         reasons = refusal_reasons(name, problem, arch)
@@ -206,7 +214,12 @@ def _decide(problem: AttentionProblem, arch: Arch, requested: str, interpret: bo
             lines += [f"  {name} (not asked for): {reason}" for reason in reasons]
         else:
             lines.append(f"  {name}: could run it, choose it with FLASH_ROCM_BACKEND={name} or use_backend({name!r})")
-    raise BackendError("\n".join(lines))
+    return BackendError("\n".join(lines))
+
+
+def choice(problem: AttentionProblem, arch: Arch, requested: str) -> str | None:
+    """What :func:`select` returns; None where it raises."""
+    return _decide(problem, arch, requested, runtime.triton_interpret(), ck_instances.built())
 
 
 def select(problem: AttentionProblem, arch: Arch, requested: str) -> str:
@@ -220,7 +233,10 @@ def select(problem: AttentionProblem, arch: Arch, requested: str) -> str:
     Raises:
         BackendError: no candidate accepts the problem; the text has every back end's reasons.
     """
-    return _decide(problem, arch, requested, runtime.triton_interpret(), ck_instances.built())
+    found = choice(problem, arch, requested)
+    if found is None:
+        raise _refusal(problem, arch, requested)
+    return found
 
 
 @functools.cache
@@ -426,10 +442,7 @@ def _auxiliary_configs(problem: AttentionProblem, arch: Arch) -> list[str]:
 
 def explain_problem(problem: AttentionProblem, arch: Arch, requested: str) -> Explanation:
     """What :func:`select` would say, with every back end's reasons, without raising."""
-    try:
-        chosen = select(problem, arch, requested)
-    except BackendError:
-        chosen = None
+    chosen = choice(problem, arch, requested)
     reasons = {name: tuple(refusal_reasons(name, problem, arch)) for name in CAPABILITIES}
     configs: tuple[str, ...] = ()
     if chosen == "triton":

@@ -10,6 +10,7 @@ import torch
 import torch.nn.attention as registry
 from torch.nn.functional import scaled_dot_product_attention
 
+from flash_rocm import ops
 from flash_rocm.integrations import torch_sdpa
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention
@@ -56,6 +57,32 @@ def test_result_and_gradients(on_cpu: None, shapes: dict[str, Any], options: dic
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.grad is not None and mine.grad.abs().max() > 0
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_a_backward_is_asked_for_where_there_is_one(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back ends without a backward kernel run inference: of each call its own tensors and its grad mode count."""
+    seen = []
+    inner = ops._decide
+
+    def watch(args: tuple[Any, ...], layout: Any) -> Any:
+        found = inner(args, layout)
+        seen.append(found.problem.needs_grad)
+        return found
+
+    monkeypatch.setattr(ops, "_decide", watch)
+    q, k, v = inputs()
+    out = FLASH(q, k, v)[0]
+    assert seen == [True]
+    out.sum().backward()
+    assert seen == [True, True]
+    seen.clear()
+    FLASH(q.detach(), k.detach(), v)
+    with torch.no_grad():
+        FLASH(q, k, v)
+    with torch.inference_mode():
+        FLASH(q, k, v)
+    FLASH(q.detach(), k.detach(), v.detach())
+    assert seen == [True, False, False, False]
 
 
 def test_dropout_drops_the_same_in_backward(on_cpu: None) -> None:

@@ -203,6 +203,62 @@ def test_sequences_known_by_their_positions() -> None:
     assert masks.packing_of_positions(patches[:4], 4) is None  # one image
 
 
+def test_positions_are_read_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once a layer, which would wait for the GPU each time; not for two batches either."""
+    calls = []
+    inner = masks._packed_sequences
+    monkeypatch.setattr(masks, "_packed_sequences", lambda *args: calls.append(1) or inner(*args))
+    model, ids = make("gpt-oss", num_hidden_layers=4), padded_batch((8,))["input_ids"]
+    for count, lengths in enumerate(((8,), (3, 5), (6, 2)), 1):  # one sequence has an answer too
+        found = logits(model, NAME, input_ids=ids, position_ids=positions_of(lengths), use_cache=False)
+        assert len(calls) == count
+        alone = [logits(model, "eager", input_ids=part, use_cache=False)[0] for part in ids.split(lengths, 1)]
+        assert_same(found[0], torch.cat(alone))
+    positions = positions_of((3, 5))
+    calls.clear()
+    for seqlen, total in ((8, 1), (8, 1), (9, 1), (8, 2)):  # of another length they tell nothing
+        packing = masks.packing_of_positions(positions, seqlen)
+        assert len(calls) == total and (packing is None) == (seqlen == 9)
+    positions.copy_(positions_of((2, 6)))  # the same tensor, written to
+    packing = masks.packing_of_positions(positions, 8)
+    assert packing is not None and packing.cu_seqlens_k.tolist() == [0, 2, 8] and len(calls) == 3
+    with torch.inference_mode():  # writes do not show
+        positions = positions_of((3, 5))
+        masks.packing_of_positions(positions, 8)
+        positions.copy_(positions_of((2, 6)))
+        packing = masks.packing_of_positions(positions, 8)
+    assert packing is not None and packing.cu_seqlens_k.tolist() == [0, 2, 8]
+
+
+@pytest.mark.parametrize("told", ["no", "argument", "torch"])
+def test_deterministic(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ModernBERT's config or torch asks for arrives, dense, packed and with sinks."""
+    seen = []
+    for owner in (integration, integration.v3):
+        for name in ("flash_attn_func", "flash_attn_varlen_func"):
+            inner = getattr(owner, name)
+            monkeypatch.setattr(
+                owner,
+                name,
+                lambda *args, _inner=inner, deterministic=None, **named: (
+                    seen.append(deterministic) or _inner(*args, deterministic=deterministic, **named)
+                ),
+            )
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: told == "torch")
+    more = {"deterministic": True} if told == "argument" else {}
+    q, module = torch.randn(2, 4, 5, 8, requires_grad=True), torch.nn.Module()
+    real = padded_batch((5, 3))["attention_mask"]
+    for options in ({}, {"s_aux": torch.zeros(4)}):
+        for mask in (None, real):
+            integration.attention(module, q, q, q, mask, **options, **more)
+    integration.attention(module, q[:, :, -1:].detach(), q.detach(), q.detach(), None, **more)  # a step has no gradient
+    assert seen == [told != "no"] * 4
+    seen.clear()
+    modern = make("modernbert", deterministic_flash_attn=told == "argument")
+    logits(modern, NAME, **padded_batch())
+    assert seen == [told != "no"] * 2
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_padding_that_a_layer_is_handed(causal: bool) -> None:
     """Not through the mask interface; also where queries are others than the keys, but as many."""

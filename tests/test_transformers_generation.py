@@ -9,6 +9,8 @@ import pytest
 import torch
 from tiny_models import DECODERS, NAME, WINDOW, assert_same, make, padded_batch, transformers, version
 
+from flash_rocm import ck_instances, runtime, virtual_device
+from flash_rocm.integrations import masks
 from flash_rocm.integrations import transformers as integration
 
 NEW = 2 * WINDOW  # so that windows are left behind
@@ -59,7 +61,7 @@ def test_beams() -> None:
 
 
 def test_steps_go_to_the_kernels_for_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys are not gathered in a step, but in one with padding between tokens, and where a back end has no caches."""
+    """Keys are not gathered in a step."""
     seen = []
     for name in ("flash_attn_func", "flash_attn_with_kvcache"):
         owner = integration.v3 if name == "flash_attn_with_kvcache" else integration
@@ -76,10 +78,52 @@ def test_steps_go_to_the_kernels_for_caches(monkeypatch: pytest.MonkeyPatch) -> 
     seen.clear()
     generated(model, NAME, padded_batch((6, 6)))
     assert seen == ["flash_attn_func"] + ["flash_attn_with_kvcache"] * (NEW - 1)
-    q, k = torch.zeros(1, 1, 2, 8), torch.zeros(1, 4, 2, 8)
-    assert integration._is_step(q, k, k, None, 0.0)
-    monkeypatch.setenv("FLASH_ROCM_BACKEND", "ck")  # has no kernels for caches, and is not left for others
-    assert not integration._is_step(q, k, k, None, 0.0)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize(
+    ("requested", "kernels", "headdims", "over_cache"),
+    [
+        ("ck", ("forward", "splitkv"), (64, 64), True),
+        ("ck", ("forward", "splitkv"), (96, 96), False),
+        ("ck", ("forward", "splitkv"), (128, 64), False),
+        ("ck", ("forward",), (64, 64), False),
+        ("auto", ("forward", "splitkv"), (96, 96), True),  # by Triton
+    ],
+)
+def test_steps_that_a_back_end_has_kernels_for(
+    requested: str,
+    kernels: tuple[str, ...],
+    headdims: tuple[int, int],
+    over_cache: bool,
+    padded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Composable Kernel's forward takes more head dims than its kernels for caches, and is not left for others."""
+    shipped = ck_instances.shipped("gfx942")
+    instances = tuple(instance for instance in shipped.instances if instance.kernel in kernels)
+    library = ck_instances.CkLibrary(shipped.folder, shipped.archs, instances)
+    monkeypatch.setattr(ck_instances, "built", lambda: library)
+    monkeypatch.setattr(virtual_device, "arch_of", lambda device: runtime.arch_named("gfx942"))
+    monkeypatch.setenv("FLASH_ROCM_BACKEND", requested)
+    seen = []
+
+    def stand_in(name: str) -> Any:
+        return lambda q, k, v, *rest, **named: seen.append(name) or q.new_zeros(*q.shape[:-1], v.shape[-1])
+
+    monkeypatch.setattr(integration, "flash_attn_func", stand_in("dense"))
+    monkeypatch.setattr(integration, "flash_attn_varlen_func", stand_in("varlen"))
+    monkeypatch.setattr(integration.v3, "flash_attn_with_kvcache", stand_in("cache"))
+    q, k, v = (
+        torch.zeros(2, 2, seqlen, headdim, dtype=torch.bfloat16)
+        for seqlen, headdim in ((1, headdims[0]), (5, headdims[0]), (5, headdims[1]))
+    )
+    real = torch.tensor([[False, False, True, True, True], [True] * 5]) if padded else None
+    causal = transformers.masking_utils.causal_mask_function
+    mask = masks.mask_of(2, 1, 5, q_offset=4, mask_function=causal, attention_mask=real)
+    out, _ = integration.attention(torch.nn.Module(), q, k, v, mask)
+    assert out.shape == (2, 1, 2, headdims[1])
+    assert seen == ["cache" if over_cache else "varlen" if padded else "dense"]
 
 
 def steps(model: Any, implementation: str, batch: dict[str, torch.Tensor], cache: Any) -> torch.Tensor:

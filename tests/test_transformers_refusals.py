@@ -105,7 +105,12 @@ def test_arguments_of_layers() -> None:
         ("position_bias", X),
         ("output_attentions", True),
         ("head_mask", X),
+        ("layer_head_mask", X),
         ("attention_bias", X),
+        ("attn_bias", X),
+        ("relative_position_bias", X),
+        ("score_mod", lambda score, *position: score),
+        ("block_mask", X),
         ("alibi", X),
         ("indices", X),
         ("block_indices", X),
@@ -114,6 +119,7 @@ def test_arguments_of_layers() -> None:
     ):
         with pytest.raises(NotImplementedError, match=f"{name}: not supported .* in Layer of Transformers 5"):
             integration.attention(Layer(), X, X, X, None, **{name: value})
+        integration.attention(Layer(), X, X, X, None, **{name: None})
     with pytest.raises(NotImplementedError, match="attention_mask: expected"):
         integration.attention(Layer(), X, X, X, torch.ones(1, 1, 4, 4, dtype=torch.bool))  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="dropout: expected 0 with attention sinks"):

@@ -7,6 +7,7 @@ padding out once for a batch, not once for a layer.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -135,14 +136,38 @@ def mask_of_padding(attention_mask: torch.Tensor, q_length: int, kv_length: int,
     return Mask(False, packing=Packing(None, kv_length, None, rows_k, None, cu_seqlens_k, 0, max_seqlen_k))
 
 
+class _Positions(NamedTuple):
+    """What was found of position_ids, for the next layer, which gets the same tensor."""
+
+    position_ids: weakref.ref[torch.Tensor]
+    version: int  # changes with writes to it
+    seqlen: int
+    packing: Packing | None
+
+
+_last: _Positions | None = None
+
+
 def packing_of_positions(position_ids: torch.Tensor, seqlen: int) -> Packing | None:
     """Of one row in which each sequence starts where all coordinates of its positions are the smallest.
 
-    Returns None for one sequence.
+    Returns None for one sequence.  The answer for the last tensor is remembered; not for those that are made in
+    ``torch.inference_mode``, which do not tell whether they were written to.
 
     Args:
         position_ids: (1, seqlen), or (seqlen, 2) of patches of images; of another shape they tell nothing.
     """
+    global _last
+    if torch.compiler.is_compiling() or position_ids.is_inference():
+        return _packing_of_positions(position_ids, seqlen)
+    last, version = _last, position_ids._version
+    if last is None or last.position_ids() is not position_ids or last[1:3] != (version, seqlen):
+        packing = _packing_of_positions(position_ids, seqlen)
+        last = _last = _Positions(weakref.ref(position_ids), version, seqlen, packing)
+    return last.packing
+
+
+def _packing_of_positions(position_ids: torch.Tensor, seqlen: int) -> Packing | None:
     if position_ids.shape == (1, seqlen):
         position_ids = position_ids[0, :, None]
     elif position_ids.shape != (seqlen, 2):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from flash_rocm import ops, validation
-from flash_rocm.attend import draw_rng_state
+from flash_rocm.attend import draw_rng_state, needs_grad
 from flash_rocm.problem import layout_of
 
 NAME = "flash_rocm"
@@ -68,15 +68,19 @@ def _arguments(
     is_causal: bool,
     scale: float | None,
     rng_state: torch.Tensor | None,
+    has_grad: bool,
 ) -> tuple[Any, ...]:
-    """Arguments of flash_rocm's operators; q, k and v are (batch, nheads, seqlen, headdim)."""
+    """Arguments of flash_rocm's operators; q, k and v are (batch, nheads, seqlen, headdim).
+
+    has_grad: whether the back end has to have a backward.
+    """
     q, k, v = (x.transpose(1, 2) for x in (x if x.stride(-1) == 1 else x.contiguous() for x in tensors))
     validation.check_qkv(q, k, v, 4, 4)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     left, right = validation.check_scalars(dropout_p, scale, (-1, -1), 0.0)
     numbers = (q.shape[1], k.shape[1], scale, left, 0 if is_causal else right, 0.0, float(dropout_p))
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return (q, k, v, None, None, None, rng_state, None, *numbers, deterministic, True, "")
+    return (q, k, v, None, None, None, rng_state, None, *numbers, deterministic, has_grad, "")
 
 
 def _like(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -101,7 +105,9 @@ def _forward(
             "return_debug_mask: expected False, got True. Hint: flash_rocm.flash_attn_func has it."
         )
     rng_state = draw_rng_state(query.device) if dropout_p > 0.0 else None
-    args = _arguments((query, key, value), dropout_p, is_causal, scale, rng_state)
+    # Below autograd the tensors and the grad mode are still the caller's.
+    has_grad = needs_grad(query, key, value)
+    args = _arguments((query, key, value), dropout_p, is_causal, scale, rng_state, has_grad)
     out, softmax_lse = ops.attention_forward(args, layout_of(*args[:3]))
     state = torch.zeros(2, dtype=torch.int64, device=query.device) if rng_state is None else rng_state
     if torch.version.hip:  # what PyTorch's fakes say on AMD GPUs
@@ -132,7 +138,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``aten::_scaled_dot_product_flash_attention_backward``."""
     state = torch.stack((philox_seed, philox_offset)) if torch.version.hip else philox_seed.view(torch.int64)
-    args = _arguments((query, key, value), dropout_p, is_causal, scale, state if dropout_p > 0.0 else None)
+    args = _arguments((query, key, value), dropout_p, is_causal, scale, state if dropout_p > 0.0 else None, True)
     dout, out = (x.transpose(1, 2) for x in (grad_out, out))
     gradients = torch.ops.flash_rocm.attention_backward.default(dout, None, out, logsumexp, *args)
     dq, dk, dv = (_like(x, like) for x, like in zip(gradients[:3], (query, key, value), strict=True))

@@ -17,10 +17,11 @@ from typing import Any, cast
 
 import torch
 
-from flash_rocm import backends, runtime, v3
+from flash_rocm import backends, cache_ops, runtime, v3, virtual_device
 from flash_rocm.api import flash_attn_func, flash_attn_varlen_func
 from flash_rocm.attend import autocast, needs_grad
 from flash_rocm.integrations.masks import Mask, Packing, mask_of, mask_of_padding, packing_of_positions
+from flash_rocm.problem import FEATURES, CacheInputs, default_softmax_scale
 
 NAME = "flash_rocm"
 #: Of older versions of Transformers, for continuous batching; newer ones ask for :data:`NAME` itself.
@@ -32,8 +33,13 @@ VERSIONS = ("5.0", "5.24")
 _REFUSED = {
     "position_bias": "a bias that is added to the scores (T5, Moonshine)",
     "attention_bias": "a bias that is added to the scores",
+    "attn_bias": "a bias that is added to the scores",
+    "relative_position_bias": "a bias that is added to the scores",
+    "score_mod": "a function of the scores (FlexAttention)",
+    "block_mask": "the masks of FlexAttention",
     "alibi": "a bias that is added to the scores",
     "head_mask": "head masks",
+    "layer_head_mask": "head masks",
     "output_attentions": "attention weights, which are never made",
     "indices": "sparse attention (DeepSeek-V3.2)",
     "block_indices": "block-sparse attention",
@@ -133,7 +139,8 @@ def attention(
         s_aux: (nheads,), attention sinks: ``learnable_sink`` of :mod:`flash_rocm.v3`.
         kwargs: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k``, or without
             attention_mask ``position_ids`` that start again, describe sequences packed by the caller into one row, as
-            for all of Transformers' functions with "flash" in their names; ``cache`` is that of continuous batching.
+            for all of Transformers' functions with "flash" in their names; ``cache`` is that of continuous batching;
+            ``deterministic``: of the gradients, as ``torch.use_deterministic_algorithms`` asks for too.
 
     Returns:
         (batch, seqlen_q, nheads, headdim_v), rows of padding 0; and None for the weights.
@@ -155,6 +162,7 @@ def attention(
         window = _window_size(mask, sliding_window, causal)
     options: dict[str, Any] = {"softmax_scale": scaling, "causal": causal, "softcap": softcap or 0.0}
     options["window_size"] = window
+    options["deterministic"] = bool(kwargs.get("deterministic")) or torch.are_deterministic_algorithms_enabled()
     if s_aux is None:
         options["dropout_p"] = dropout
     elif dropout:
@@ -165,27 +173,48 @@ def attention(
         options["learnable_sink"] = s_aux
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     packing = _packing_of(mask, q, k, kwargs)
-    if packing is not None and (packing.leftpad_k is None or not _is_step(q, k, v, s_aux, dropout)):
+    used = None if mask is None else mask.seqlen_k
+    used_k, used_v = (k, v) if used is None else (k[:, :used], v[:, :used])
+    if packing is None or packing.leftpad_k is not None:
+        step = _step(q, used_k, used_v, None if packing is None else packing.leftpad_k, options)
+        if step is not None:
+            return step, None
+    if packing is not None:
         return _packed_attention(q, k, v, packing, options), None
-    if mask is not None and mask.seqlen_k is not None:
-        k, v = k[:, : mask.seqlen_k], v[:, : mask.seqlen_k]
-    if _is_step(q, k, v, s_aux, dropout):
-        q, k, v = autocast(q, k, v)
-        options.pop("dropout_p", None)
-        leftpad = None if packing is None else packing.leftpad_k
-        used = k.shape[1] if leftpad is not None else None
-        step = v3.flash_attn_with_kvcache(q, k, v, cache_seqlens=used, cache_leftpad=leftpad, **options)
-        return cast(torch.Tensor, step), None
     function = flash_attn_func if s_aux is None else v3.flash_attn_func
-    return cast(torch.Tensor, function(q, k, v, **options)), None
+    return cast(torch.Tensor, function(q, used_k, used_v, **options)), None
 
 
-def _is_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, dropout: float) -> bool:
-    """Whether this is a step of generation, for which there are kernels that divide the keys and skip left padding."""
-    if q.shape[1] != 1 or dropout or needs_grad(q, k, v, sinks):
-        return False
-    capability = backends.CAPABILITIES.get(runtime.requested_backend())  # None: auto
-    return capability is None or {"kvcache", "leftpad"} <= capability.features
+def _step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, leftpad: torch.Tensor | None, options: dict[str, Any]
+) -> torch.Tensor | None:
+    """A step of generation by the kernels for K/V caches, which divide the keys and skip left padding.
+
+    None: it is no step, or the back end in use has no such kernel for it, as Composable Kernel for head dim 96.
+    """
+    sinks = options.get("learnable_sink")
+    if q.shape[1] != 1 or options.get("dropout_p") or needs_grad(q, k, v, sinks):
+        return None
+    q, k, v = autocast(q, k, v)
+    if not _runs_over_cache(CacheInputs(q, k, v, leftpad_k=leftpad, sinks=sinks), options):
+        return None
+    options = {name: value for name, value in options.items() if name not in ("dropout_p", "deterministic")}
+    used = k.shape[1] if leftpad is not None else None
+    return cast(torch.Tensor, v3.flash_attn_with_kvcache(q, k, v, cache_seqlens=used, cache_leftpad=leftpad, **options))
+
+
+def _runs_over_cache(inputs: CacheInputs, options: dict[str, Any]) -> bool:
+    """Whether selection finds a back end for a step over a K/V cache."""
+    requested = runtime.requested_backend()
+    if torch.compiler.is_compiling():  # shapes may be symbols: only of back ends that take all of them is it known
+        return requested == "auto" or backends.CAPABILITIES[requested].features == FEATURES
+    q, scale, (left, right) = inputs.q, options["softmax_scale"], options["window_size"]
+    scale = default_softmax_scale(q.shape[-1]) if scale is None else scale
+    right = 0 if options["causal"] else right
+    problem = cache_ops.problem_of(
+        inputs, (1, inputs.capacity, 0, scale, left, right, options["softcap"], 0, True, 0, "")
+    )
+    return backends.choice(problem, virtual_device.arch_of(q.device), requested) is not None
 
 
 def _refuse(module: Any, attention_mask: Any, scaling: float | None, kwargs: dict[str, Any]) -> None:
