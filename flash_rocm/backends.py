@@ -373,9 +373,12 @@ class Planner(Protocol):
     """What the Triton back end knows of a kernel without compiling it, and without Triton."""
 
     def kernel_config(
-        self, kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None
+        self, kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource | None, plain: bool = False
     ) -> KernelConfig:
         """Return the config entry the kernel takes."""
+
+    def is_plain(self, problem: AttentionProblem) -> bool:
+        """Return whether a problem can be plain, see :class:`flash_rocm.config_schema.Facts`."""
 
     def tune_key(self, kernel: str, problem: AttentionProblem, arch: Arch) -> TuneKey:
         """Return where a tuned entry for a kernel of this problem is kept."""

@@ -251,6 +251,14 @@ def test_two_workgroups_of_the_forward_fit_a_multiprocessor(mask: str) -> None:
     assert inspect_problem("sm90", "forward", "bf16", 32, mask).resources.vgprs <= 128
 
 
+def test_the_entry_is_that_of_the_kernel_that_is_compiled() -> None:
+    """On sm90 a forward at head dim 128 is the Gluon one, with limits of its own; at 96 it is Triton's."""
+    triton_needed()
+    assert kernels._entry_of(Case("sm90", "forward", "bf16", 128, "full"), None).implementation == "gluon"
+    assert kernels._entry_of(Case("sm90", "forward", "bf16", 96, "full"), None).implementation == "triton"
+    assert kernels._entry_of(Case("sm90", "backward_dq", "bf16", 128, "full"), None).implementation == "triton"
+
+
 def _selected(*arguments: str) -> set[tuple[str, int, str]]:
     parser = argparse.ArgumentParser()
     inspect_cli.add_arguments(parser)

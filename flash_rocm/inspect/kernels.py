@@ -14,7 +14,7 @@ import torch
 
 from flash_rocm import backends, config, files, runtime
 from flash_rocm.amdgpu.assembly import AssemblyError, parse_amdgcn
-from flash_rocm.config_schema import ConfigError
+from flash_rocm.config_schema import ConfigError, KernelConfig
 from flash_rocm.problem import AttentionProblem, default_softmax_scale
 from flash_rocm.runtime import ConfigSource
 
@@ -170,7 +170,7 @@ def compiled_report(case: Case, source: ConfigSource | None) -> Report:
     """Compile, count, and keep the result."""
     arch, problem = runtime.arch_named(case.arch), problem_of(case)
     planner = backends.load_planner()
-    entry = planner.kernel_config(case.kernel, problem, arch, source)
+    entry = _entry_of(case, source)
     try:
         text, lds_bytes = backends.load_offline().listing(case.kernel, problem, arch, source)
     except ImportError as error:
@@ -206,6 +206,13 @@ def compiled_report(case: Case, source: ConfigSource | None) -> Report:
     return report
 
 
+def _entry_of(case: Case, source: ConfigSource | None) -> KernelConfig:
+    """The config of the kernel that is compiled: a forward of plain tensors, where the problem allows that."""
+    planner, problem = backends.load_planner(), problem_of(case)
+    plain = case.kernel == "forward" and planner.is_plain(problem)
+    return planner.kernel_config(case.kernel, problem, runtime.arch_named(case.arch), source, plain)
+
+
 # --------------------------------------------------------------------------------------------------
 # Cache
 
@@ -223,7 +230,7 @@ def _sources_hash() -> str:
 
 def _cache_path(case: Case, source: ConfigSource | None) -> pathlib.Path:
     arch, problem = runtime.arch_named(case.arch), problem_of(case)
-    entry = backends.load_planner().kernel_config(case.kernel, problem, arch, source)
+    entry = _entry_of(case, source)
     key = (FORMAT, _sources_hash(), runtime.triton_version(), arch, problem, case, entry.options())
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
     return runtime.cache_dir() / "inspect" / f"{name}.json"
@@ -239,7 +246,7 @@ def cached_report(case: Case, source: ConfigSource | None) -> Report | None:
     except (OSError, UnicodeDecodeError, ConfigError, TypeError, KeyError) as error:
         runtime.warn_once(f"{path}: expected a report of inspect, compiling again: {error}")
         return None
-    entry = backends.load_planner().kernel_config(case.kernel, problem_of(case), runtime.arch_named(case.arch), source)
+    entry = _entry_of(case, source)
     return dataclasses.replace(report, config=entry.source, limits=entry.limits)
 
 
