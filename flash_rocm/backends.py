@@ -377,8 +377,8 @@ class Planner(Protocol):
     ) -> KernelConfig:
         """Return the config entry the kernel takes."""
 
-    def is_plain(self, problem: AttentionProblem) -> bool:
-        """Return whether a problem can be plain, see :class:`flash_rocm.config_schema.Facts`."""
+    def is_built_plain(self, kernel: str, problem: AttentionProblem) -> bool:
+        """Return whether a kernel that is compiled without tensors is for plain ones, see ``Facts`` of the configs."""
 
     def tune_key(self, kernel: str, problem: AttentionProblem, arch: Arch) -> TuneKey:
         """Return where a tuned entry for a kernel of this problem is kept."""

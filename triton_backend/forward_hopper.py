@@ -14,15 +14,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from .common import LN2, key_ranges, sequence_bounds, visible_keys
-from .hopper import barrier
-
-load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+from .hopper import barrier, load
 
 #: Rows of one multiplying warpgroup, of which there are two.
 ROWS = gl.constexpr(64)

@@ -24,7 +24,7 @@ from .compile import Pointer, source_for, target_of
 from .descriptors import Tile
 from .forward_hopper import tile_rows
 from .launch import KERNELS
-from .plan import MAX_TILE_D, cache_kernel, cache_plan, is_plain, plan
+from .plan import MAX_TILE_D, cache_kernel, cache_plan, is_built_plain, plan
 
 #: Pointers whose type is not that of q.
 _POINTERS = {
@@ -67,7 +67,7 @@ def source_of(
     """
     if problem.cached:
         return _cache_source(kernel, problem, arch, wide, source)
-    current = plan(kernel, problem, arch, source, kernel == "forward" and is_plain(problem))
+    current = plan(kernel, problem, arch, source, is_built_plain(kernel, problem))
     function = KERNELS[kernel].kernel_of(current)
     vec = math.gcd(16 // problem.dtype.itemsize, problem.headdim, problem.headdim_v)
     constants: dict[str, Any] = {**current.constants, "VEC": vec, "WIDE": wide, "HAS_DLSE": has_dlse}

@@ -265,6 +265,11 @@ def is_plain(problem: AttentionProblem) -> bool:
     )
 
 
+def is_built_plain(kernel: str, problem: AttentionProblem) -> bool:
+    """Facts.plain of what is compiled without tensors: a forward is for plain ones, where the problem allows that."""
+    return kernel == "forward" and is_plain(problem)
+
+
 #: Bytes of shared memory of an NVIDIA multiprocessor; others have at least the last.
 _SHARED_BYTES = {"sm80": 164 << 10, "sm90": 228 << 10, "": 100 << 10}
 _MAX_WORKGROUPS_PER_CU = 8

@@ -209,7 +209,7 @@ def compiled_report(case: Case, source: ConfigSource | None) -> Report:
 def _entry_of(case: Case, source: ConfigSource | None) -> KernelConfig:
     """The config of the kernel that is compiled: a forward of plain tensors, where the problem allows that."""
     planner, problem = backends.load_planner(), problem_of(case)
-    plain = case.kernel == "forward" and planner.is_plain(problem)
+    plain = planner.is_built_plain(case.kernel, problem)
     return planner.kernel_config(case.kernel, problem, runtime.arch_named(case.arch), source, plain)
 
 
