@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flash_rocm import ck_instances
+from flash_rocm import ck_instances, files
 from flash_rocm.ck_instances import CkLibrary
 
 from . import virtual
@@ -55,13 +55,7 @@ def _operators(folder: pathlib.Path) -> Any:
             "Hint: set FLASH_ROCM_CACHE_DIR before the first call"
         )
     _load_hip(folder)
-    path = folder / ck_instances.LIBRARY
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        raise LibraryError(
-            f"{path}: expected a library for torch {torch.__version__}, {error}. Hint: build it again (torch >= 2.10)"
-        ) from error
+    files.load_operators(folder / ck_instances.LIBRARY, LibraryError)
     _loaded = ck_instances.built()
     return torch.ops.flash_rocm_ck
 

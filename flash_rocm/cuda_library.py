@@ -116,13 +116,7 @@ def load(library: CudaLibrary) -> Launch:
             f"expected the library of {_loaded.folder}, which this process has loaded, got {library.folder}. "
             "Hint: set FLASH_ROCM_CACHE_DIR before the first call"
         )
-    path = library.folder / LIBRARY
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        raise CudaLibraryError(
-            f"{path}: expected a library for torch {torch.__version__}, {error}. Hint: build it again (torch >= 2.10)"
-        ) from error
+    files.load_operators(library.folder / LIBRARY, CudaLibraryError)
     _loaded = library
     namespace = torch.ops.flash_rocm_cuda
     names = ("append", "rotate", "combine", "delta", "reduce", "dropout_mask")

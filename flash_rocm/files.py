@@ -1,4 +1,4 @@
-"""Files that several processes share: whole or absent, and one writer at a time.  A leaf."""
+"""Files that several processes share: whole or absent, one writer at a time; libraries among them.  A leaf."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Iterator
+
+import torch
 
 #: Between two looks at a lock that somebody else holds.
 _POLL_SECONDS = 0.1
@@ -67,3 +69,13 @@ def library_folder(explicit: pathlib.Path | None, *names: str) -> pathlib.Path |
     inside = [pathlib.Path(folder) for folder in (package and package.submodule_search_locations) or ()]
     folders = (*([explicit] if explicit else []), *inside)
     return next((folder for folder in folders if all((folder / name).is_file() for name in names)), None)
+
+
+def load_operators(path: pathlib.Path, error: type[RuntimeError]) -> None:
+    """Load a library of operators for torch, or raise the given error."""
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as cause:
+        raise error(
+            f"{path}: expected a library for torch {torch.__version__}, {cause}. Hint: build it again (torch >= 2.10)"
+        ) from cause
