@@ -79,7 +79,7 @@ REACH = {
     "waves_per_eu": Reach(archs=("gfx",)),
     "matrix_instr_nonkdim": Reach(archs=("gfx9",)),
     "kpack": Reach(archs=("gfx90a", "gfx942")),
-    "implementation": Reach(kernels=("forward", "mla"), archs=("sm90",)),
+    "implementation": Reach(kernels=("forward", "backward_dq", "backward_dkdv", "mla"), archs=("sm90",)),
 }
 
 

@@ -129,7 +129,7 @@ def _accumulate_dq(
     ]
 )  # fmt: skip
 def attn_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
     alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     stride_lb: tl.int64, stride_lh: tl.int64,
     stride_qb: tl.int64, stride_qm: tl.int32, stride_qh: tl.int64,

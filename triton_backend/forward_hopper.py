@@ -19,10 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .common import LN2, key_ranges, sequence_bounds, visible_keys
-from .hopper import barrier, load
-
-#: Rows of one multiplying warpgroup, of which there are two.
-ROWS = gl.constexpr(64)
+from .hopper import ROWS, barrier, clear_from, load
 
 
 def tile_rows(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
@@ -34,7 +31,8 @@ def tile_rows(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
 @gluon.jit
 def _rows_and_keys(
     step, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    BLOCK_N: gl.constexpr, VARLEN: gl.constexpr, MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr,
+    BLOCK_N: gl.constexpr, VARLEN: gl.constexpr,
+    MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Of one step of this program: batch, head, first row; start and length of both sequences; key_ranges.
 
@@ -42,7 +40,6 @@ def _rows_and_keys(
     (PAIRED) a program takes a block from the end, then one from the beginning: all such pairs are equally long.
     num_blocks counts pairs then.  Steps without rows begin at the end of the sequence, and have no keys.
     """
-    PAIRED: gl.constexpr = MASK_RIGHT and not MASK_LEFT
     SIDES: gl.constexpr = 2 if PAIRED else 1
     index = gl.program_id(0) + step // SIDES * gl.num_programs(0)
     block = index % num_blocks
@@ -76,7 +73,7 @@ def _load(
     q_batch_rows, k_batch_rows, v_batch_rows, stride_qh, stride_kh, stride_vh, group_size,
     steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VEC: gl.constexpr, VARLEN: gl.constexpr,
-    MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr,
+    MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Copy the queries of each tile of this program, and its keys and values into their rings."""
     q_bytes: gl.constexpr = 2 * ROWS * q.shape[2] * 2
@@ -87,7 +84,7 @@ def _load(
     for step in range(0, steps):
         batch, head, first_row, start_q, _, start_k, _, begin, _, _, end = _rows_and_keys(
             step, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-            BLOCK_N, VARLEN, MASK_LEFT, MASK_RIGHT,
+            BLOCK_N, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
         )  # fmt: skip
         if begin < end:
             row = batch * q_batch_rows + start_q + first_row
@@ -160,21 +157,6 @@ def _attend_tiles(
 
 
 @gluon.jit
-def _clear(values, rows_left, BLOCK_N: gl.constexpr):
-    """Set rows of a tile of values to 0 from row rows_left on: what lies behind a sequence can be NaN."""
-    ROWS_AT_ONCE: gl.constexpr = 16
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    rows = gl.arange(0, ROWS_AT_ONCE, layout=gl.SliceLayout(1, layout))
-    for first in gl.static_range(0, BLOCK_N, ROWS_AT_ONCE):
-        if first + ROWS_AT_ONCE > rows_left:
-            part = values.slice(first, ROWS_AT_ONCE, dim=0)
-            x = part.load(layout)
-            part.store(gl.where((first + rows < rows_left)[:, None], x, 0.0).to(values.dtype))
-    fence_async_shared()
-    barrier()
-
-
-@gluon.jit
 def _attend_rows(
     q, keys, values, q_empty, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr, loaded, begin, full_begin, full_end,
     end, first_row, rows_total, cols_total, window_left, window_right, scale, stride_om,
@@ -226,7 +208,7 @@ def _attend_rows(
         mbarrier.wait(v_full.index(stage), (last // STAGES) & 1)
         rows_left = cols_total - (begin + last * BLOCK_N)
         if rows_left < BLOCK_N:
-            _clear(values.index(stage), rows_left, BLOCK_N)
+            clear_from(values.index(stage), rows_left, BLOCK_N)
         acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(stage), count=1)
@@ -249,7 +231,7 @@ def _attend(
     steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     scale, PART: gl.constexpr, BLOCK_DV: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr,
-    MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr,
+    MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Attention of a half of the rows of each tile of this program."""
     loaded = 0
@@ -257,7 +239,7 @@ def _attend(
     for step in range(0, steps):
         batch, head, first_row, start_q, rows_total, _, cols_total, begin, full_begin, full_end, end = _rows_and_keys(
             step, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-            BLOCK_N, VARLEN, MASK_LEFT, MASK_RIGHT,
+            BLOCK_N, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
         )  # fmt: skip
         if begin < end:
             mbarrier.wait(q_full, tiles_q & 1)
@@ -297,7 +279,7 @@ def attn_fwd_hopper_kernel(
     scale: gl.float32, softcap_log2: gl.float32, window_left: gl.int32, window_right: gl.int32,
     dropout_threshold: gl.int32, dropout_rescale: gl.float32,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VEC: gl.constexpr,
-    VARLEN: gl.constexpr, MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr,
+    VARLEN: gl.constexpr, MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 2 * ROWS queries of one head, one after another."""
     dtype: gl.constexpr = k_desc.dtype
@@ -321,7 +303,7 @@ def attn_fwd_hopper_kernel(
     fence_async_shared()
     barrier()
     steps = gl.cdiv(num_blocks * batch_heads - gl.program_id(0), gl.num_programs(0))
-    if MASK_RIGHT and not MASK_LEFT:
+    if PAIRED:
         steps *= 2
 
     gl.warp_specialize(
@@ -330,13 +312,13 @@ def attn_fwd_hopper_kernel(
                 q.index(0), keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr,
                 stride_lb, stride_lh, steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right,
                 cu_seqlens_q_ptr, cu_seqlens_k_ptr, scale,
-                0, BLOCK_DV, BLOCK_N, STAGES, VARLEN, MASK_LEFT, MASK_RIGHT,
+                0, BLOCK_DV, BLOCK_N, STAGES, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
             )),
             (_attend, (
                 q.index(1), keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr,
                 stride_lb, stride_lh, steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right,
                 cu_seqlens_q_ptr, cu_seqlens_k_ptr, scale,
-                1, BLOCK_DV, BLOCK_N, STAGES, VARLEN, MASK_LEFT, MASK_RIGHT,
+                1, BLOCK_DV, BLOCK_N, STAGES, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
             )),
             (_load, (
                 q, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, q_desc, k_desc, v_desc,
@@ -345,7 +327,7 @@ def attn_fwd_hopper_kernel(
                 stride_vh.to(gl.int32), group_size,
                 steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right,
                 cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-                BLOCK_N, STAGES, VEC, VARLEN, MASK_LEFT, MASK_RIGHT,
+                BLOCK_N, STAGES, VEC, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
             )),
         ],
         # Warps of the workers and registers of a thread.

@@ -3,12 +3,15 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 #: Their names since Triton 3.9, and before.
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+#: Rows of one multiplying warpgroup.
+ROWS = gl.constexpr(64)
 
 
 @gluon.constexpr_function
@@ -23,3 +26,18 @@ def copy_at(buffer, rows, exists, DIMS: gl.constexpr):
     """A warpgroup starts the copy of DIMS numbers from each of the row starts; rows that do not exist become 0."""
     dims = gl.arange(0, DIMS, layout=gl.SliceLayout(0, row_layout(DIMS)))
     copy(buffer, rows[:, None] + dims[None, :], mask=exists[:, None])
+
+
+@gluon.jit
+def clear_from(tile, rows_left, TILE_ROWS: gl.constexpr):
+    """A warpgroup sets rows of a tile to 0 from row rows_left on: what lies behind a sequence can be NaN."""
+    ROWS_AT_ONCE: gl.constexpr = 16
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = gl.arange(0, ROWS_AT_ONCE, layout=gl.SliceLayout(1, layout))
+    for first in gl.static_range(0, TILE_ROWS, ROWS_AT_ONCE):
+        if first + ROWS_AT_ONCE > rows_left:
+            part = tile.slice(first, ROWS_AT_ONCE, dim=0)
+            x = part.load(layout)
+            part.store(gl.where((first + rows < rows_left)[:, None], x, 0.0).to(tile.dtype))
+    fence_async_shared()
+    barrier()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,12 @@ from flash_rocm.problem import AttentionInputs, AttentionProblem, layout_of, lse
 from flash_rocm.runtime import ConfigSource
 
 from . import prebuilt, virtual
+from .backward_hopper import (
+    attn_bwd_dkdv_hopper_kernel,
+    attn_bwd_dq_hopper_kernel,
+    tile_rows_dkdv,
+    tile_rows_dq,
+)
 from .backward_kernels import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel
 from .common import INTERPRET
 from .compile import BUFFER_BYTES
@@ -31,6 +37,8 @@ _hooks = triton.knobs.runtime
 
 Strides = tuple[int, int, int]
 Tensors = tuple[torch.Tensor | None, ...]
+#: From the constants of a kernel to (rows, dims) of its copies of the first tensors.
+TileRows = Callable[[Mapping[str, Any]], tuple[tuple[int, int], ...]]
 
 
 class Call(NamedTuple):
@@ -74,9 +82,10 @@ class Launcher:
     run-time numbers follow from; a known key launches without looking at anything again.
     """
 
-    def __init__(self, kernel: Any, gluon: Any = None) -> None:
+    def __init__(self, kernel: Any, gluon: Any = None, tile_rows: TileRows | None = None) -> None:
         self.kernel = kernel
-        self._gluon = gluon
+        self.gluon = gluon
+        self._tile_rows = tile_rows
         self._known: dict[tuple[Any, ...], _Known] = {}
         #: Triton's hashes of the compiled kernels that were launched.
         self.compiled: set[str] = set()
@@ -139,7 +148,13 @@ class Launcher:
 
     def kernel_of(self, current: Launchable) -> Any:
         """The Triton function of a plan's implementation."""
-        return self._gluon if current.implementation == "gluon" else self.kernel
+        return self.gluon if current.implementation == "gluon" else self.kernel
+
+    def tiles_of(self, current: Launchable, dtype: torch.dtype) -> tuple[Tile, ...]:
+        """By which the kernel of a plan copies its first tensors, where it takes descriptors of them."""
+        if current.implementation != "gluon" or self._tile_rows is None:
+            return ()
+        return tuple(Tile(dtype, *tile) for tile in self._tile_rows(current.constants))
 
     def tail_of(self, call: Call) -> tuple[Any, ...]:
         """Arguments of the kernel behind the strides of softmax_lse: run-time numbers, then constants."""
@@ -151,16 +166,17 @@ class Launcher:
 
 #: The kernels by the names that configs use.
 KERNELS = {
-    "forward": Launcher(attn_fwd_kernel, attn_fwd_hopper_kernel),
-    "backward_dq": Launcher(attn_bwd_dq_kernel),
-    "backward_dkdv": Launcher(attn_bwd_dkdv_kernel),
+    "forward": Launcher(attn_fwd_kernel, attn_fwd_hopper_kernel, tile_rows),
+    "backward_dq": Launcher(attn_bwd_dq_kernel, attn_bwd_dq_hopper_kernel, tile_rows_dq),
+    "backward_dkdv": Launcher(attn_bwd_dkdv_kernel, attn_bwd_dkdv_hopper_kernel, tile_rows_dkdv),
     "probs": Launcher(attn_probs_kernel),
 }
 if not INTERPRET.value:
     # Triton's key of a function depends on whether those it calls have been asked for theirs before (seen with
     # 3.6, not with 3.9).  Asked for in one order here, so that any process finds what another has compiled.
-    for _function in (*(launcher.kernel for launcher in KERNELS.values()), attn_fwd_hopper_kernel):
-        _ = _function.cache_key
+    for _launcher in KERNELS.values():
+        for _function in (_launcher.kernel, _launcher.gluon):
+            _ = _function and _function.cache_key
 
 
 def compilations() -> int:
@@ -214,7 +230,7 @@ def new_call(
     """
     q = strided[0]
     strides = tuple(strides_of(x) for x in strided)
-    plain = kernel == "forward" and is_plain_call(problem, strided)
+    plain = kernel != "probs" and is_plain_call(problem, strided)
     current = plan(kernel, problem, virtual_device.arch_of(q.device), configs, plain)
     is_backward = kernel.startswith("backward")
     row = max(problem.headdim if is_backward else 0, problem.headdim_v if kernel != "probs" else 0)
@@ -229,9 +245,8 @@ def new_call(
     if kernel != "probs":
         scalars.append(current.dropout_rescale)
     programs = current.blocks * problem.batch * heads
-    tiles: tuple[Tile, ...] = ()
-    if current.implementation == "gluon":
-        tiles = tuple(Tile(x.dtype, *tile) for x, tile in zip(strided, tile_rows(current.constants), strict=True))
+    tiles = KERNELS[kernel].tiles_of(current, problem.dtype)
+    if tiles and kernel == "forward":
         # Programs take one tile after another; unequal ones the chip deals better, as programs become free.
         programs = programs if problem.varlen else min(programs, virtual_device.arch_of(q.device).num_cus)
     return Call(current, programs, tensors, lse_strides, tuple(scalars), constants, tiles)
@@ -393,10 +408,11 @@ def backward(
     dv = _new(v, v.shape, problem.varlen)
     delta = torch.empty_like(softmax_lse)
     optional = (slopes, rng_state, cu_seqlens_q, cu_seqlens_k)
-    dq_tensors = (q, k, v, out, dout, softmax_lse, dlse, delta, dq, *optional)
+    dq_tensors = (q, k, v, dout, out, softmax_lse, dlse, delta, dq, *optional)
     dkdv_tensors = (q, k, v, dout, softmax_lse, delta, dk, dv, *optional)
     configs = runtime.config_source()
     lse_strides = lse_strides_of(softmax_lse)
+    totals = (q.shape[0], k.shape[0], v.shape[0], dout.shape[0]) if problem.varlen else ()
     dq_pointers, dq_facts = pointers_of(dq_tensors)
     dkdv_pointers, dkdv_facts = pointers_of(dkdv_tensors)
     key = (
@@ -409,12 +425,12 @@ def backward(
         dkdv_facts,
         configs,
     )
-    dq_done = KERNELS["backward_dq"].launch_known(key, [*dq_pointers, *lse_strides])
-    if dq_done and KERNELS["backward_dkdv"].launch_known(key, [*dkdv_pointers, *lse_strides]):
+    dq_done = KERNELS["backward_dq"].launch_known(key, [*dq_pointers, *lse_strides], totals)
+    if dq_done and KERNELS["backward_dkdv"].launch_known(key, [*dkdv_pointers, *lse_strides], totals):
         return dq, dk, dv, _dsinks(inputs, softmax_lse, delta)
 
     for kernel, tensors in (("backward_dq", dq_tensors), ("backward_dkdv", dkdv_tensors)):
-        known_as, settled = settle(kernel, problem, q.device, key, configs)
+        known_as, settled = settle(kernel, problem, q.device, key, configs, is_plain_call(problem, (q, k, v, dout)))
         call = new_call(
             kernel, problem, settled, tensors, (q, k, v, dout), lse_strides, slopes, has_dlse=dlse is not None
         )

@@ -22,7 +22,6 @@ from flash_rocm.runtime import Arch, ConfigSource
 from .cached import ATTEND, num_splits_of
 from .compile import Pointer, source_for, target_of
 from .descriptors import Tile
-from .forward_hopper import tile_rows
 from .launch import KERNELS
 from .plan import MAX_TILE_D, cache_kernel, cache_plan, is_built_plain, plan
 
@@ -76,9 +75,8 @@ def source_of(
         for name in function.arg_names
         if name.endswith("_ptr")
     }
-    if current.implementation == "gluon":
-        described = zip(("q_desc", "k_desc", "v_desc"), tile_rows(constants), strict=True)
-        pointers |= {name: Tile(problem.dtype, *tile) for name, tile in described}
+    described = (name for name in function.arg_names if name.endswith("_desc"))
+    pointers |= dict(zip(described, KERNELS[kernel].tiles_of(current, problem.dtype), strict=True))
     return source_for(arch, function, pointers, constants, current.options)
 
 

@@ -160,6 +160,20 @@ _GLUON_OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_warps": (4,),
         "num_stages": (1, 2, 3, 4),
     },
+    "backward_dq": {
+        "BLOCK_M": (128,),
+        "BLOCK_N": (32, 64, 128),
+        "BLOCK_K": (0,),
+        "num_warps": (4,),
+        "num_stages": (1, 2, 3, 4),
+    },
+    "backward_dkdv": {
+        "BLOCK_M": (32, 64, 128),
+        "BLOCK_N": (128,),
+        "BLOCK_K": (0,),
+        "num_warps": (4,),
+        "num_stages": (1, 2, 3, 4),
+    },
     "mla": {"BLOCK_M": (64,), "BLOCK_N": (64,), "BLOCK_K": (0,), "num_warps": (4,)},
 }
 
@@ -206,6 +220,8 @@ def plan(
         "VARLEN": problem.varlen,
         "MASK_LEFT": problem.window_left >= 0,
         "MASK_RIGHT": problem.window_right >= 0,
+        # Later rows see more keys: the Gluon forward takes a long block with a short one.
+        "PAIRED": problem.window_right >= 0 > problem.window_left,
         # The running maximum of unscaled scores is that of the scaled ones only for a positive scale.
         "RAW_SCALE": softcap == 0.0 and not problem.alibi and scale > 0.0,
         "SOFTCAP": softcap > 0.0,
@@ -221,8 +237,8 @@ def plan(
     over_keys = kernel == "backward_dkdv"
     length, block = (problem.seqlen_k, entry.BLOCK_N) if over_keys else (problem.seqlen_q, entry.BLOCK_M)
     blocks = -(-length // block)
-    if entry.implementation == "gluon" and constants["MASK_RIGHT"] and not constants["MASK_LEFT"]:
-        blocks = -(-blocks // 2)  # the Gluon forward takes pairs; over a K/V cache cache_plan counts again
+    if kernel == "forward" and entry.implementation == "gluon" and constants["PAIRED"]:
+        blocks = -(-blocks // 2)
     return Plan(
         kernel=kernel,
         config=entry,
@@ -266,8 +282,8 @@ def is_plain(problem: AttentionProblem) -> bool:
 
 
 def is_built_plain(kernel: str, problem: AttentionProblem) -> bool:
-    """Facts.plain of what is compiled without tensors: a forward is for plain ones, where the problem allows that."""
-    return kernel == "forward" and is_plain(problem)
+    """Facts.plain of what is compiled without tensors: for plain ones, where kernel and problem allow that."""
+    return kernel != "probs" and not problem.cached and is_plain(problem)
 
 
 #: Bytes of shared memory of an NVIDIA multiprocessor; others have at least the last.

@@ -101,7 +101,7 @@ def _tensors(kernel: str, problem: AttentionProblem, device: torch.device) -> tu
     dout, delta = random(problem.nheads), torch.zeros_like(lse)
     tensors: launch.Tensors
     if kernel == "backward_dq":
-        tensors = (q, k, v, torch.zeros_like(q), dout, lse, None, delta, torch.empty_like(q), *optional)
+        tensors = (q, k, v, dout, torch.zeros_like(q), lse, None, delta, torch.empty_like(q), *optional)
     else:
         tensors = (q, k, v, dout, lse, delta, torch.empty_like(k), torch.empty_like(v), *optional)
     return tensors, (q, k, v, dout), lse_strides
