@@ -52,7 +52,12 @@ def test_every_option_of_some_archs_is_tested() -> None:
     [
         ("sm80", "mla", "sm80 does not use it, got gluon. Hint: leave it out here, it acts on sm90* only"),
         ("generic", "mla", "generic does not use it, got gluon. Hint: leave it out here, it acts on sm90* only"),
-        ("sm90", "decode", "it out here, it acts in forward, backward_dq, backward_dkdv, mla only"),
+        (
+            "sm90",
+            "decode",
+            "decode does not use it, got gluon. Hint: leave it out here, it acts in forward, backward_dq, "
+            "backward_dkdv, mla only",
+        ),
     ],
 )
 def test_implementations_that_do_not_exist(arch: str, kernel: str, text: str, tmp_path: pathlib.Path) -> None:
