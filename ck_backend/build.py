@@ -46,6 +46,8 @@ _CXX_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TAR
 
 
 COMPILER_FAILED = "a compiler failed: its text is above. Hint: MAX_JOBS=1 where memory is what ran out"
+#: What an error shows of a log.
+_LAST_LINES = 15
 
 
 class BuildError(RuntimeError):
@@ -98,6 +100,18 @@ def find_toolchain(request: BuildRequest, cache: pathlib.Path) -> Toolchain:
     return toolchain
 
 
+def why_not(request: BuildRequest) -> str:
+    """What keeps this machine from compiling, as far as a look at its programs tells; "" if nothing does."""
+    try:
+        find_hip_compiler(request.rocm_home)
+        find_ninja()
+        find_program("g++", "c++", hint="apt-get install g++")
+        find_program("gcc", "cc", hint="apt-get install gcc")
+    except BuildError as error:
+        return str(error)
+    return ""
+
+
 def find_ninja() -> str:
     """The program, on the path or beside Python, where pip puts it; another one than last time compiles all again."""
     return find_program("ninja", str(pathlib.Path(sys.executable).with_name("ninja")), hint="pip install ninja")
@@ -112,7 +126,17 @@ def find_program(*names: str, hint: str) -> str:
 
 
 def _find_rocm(home: str, stand_in: pathlib.Path) -> tuple[pathlib.Path, str]:
-    """A ROCm and its compiler: that of ``ROCM_HOME``, that of /opt/rocm, or the stand-in with LLVM's clang."""
+    """A ROCm and its compiler, see :func:`find_hip_compiler`; LLVM's clang gets the stand-in."""
+    root, compiler = find_hip_compiler(home)
+    return root or rocm_root.make(stand_in), compiler
+
+
+def find_hip_compiler(home: str) -> tuple[pathlib.Path | None, str]:
+    """A compiler and the ROCm that it is of: that of ``ROCM_HOME``, that of /opt/rocm, or LLVM's clang and None.
+
+    Raises:
+        BuildError: there is none, or it is too old.
+    """
     root = pathlib.Path(home or "/opt/rocm")
     for inside in ("lib/llvm/bin/clang++", "llvm/bin/clang++", "bin/amdclang++"):
         if (root / inside).is_file() and (root / "include/hip/hip_runtime.h").is_file():
@@ -127,7 +151,7 @@ def _find_rocm(home: str, stand_in: pathlib.Path) -> tuple[pathlib.Path, str]:
     for tool in ("clang-offload-bundler", "ld.lld"):
         beside = pathlib.Path(compiler).resolve().with_name(tool)
         find_program(str(beside), f"{tool}-22", tool, hint="apt-get install lld-22 clang-tools-22")
-    return rocm_root.make(stand_in), compiler
+    return None, compiler
 
 
 def check_clang(compiler: str) -> None:
@@ -200,22 +224,34 @@ def _build_file(
 ) -> BuildFile:
     """An object for each unit, auxiliary kernel and file of host code; the library; the stand-in."""
     file = BuildFile(work)
-    file.rule(
-        "hip", f"{toolchain.hip_compiler} -MD -MF $out.d $flags -c $in -o $out", "$name for $archs", compiles=True
-    )
-    file.rule("cxx", f"{toolchain.cxx} -MD -MF $out.d {cxx_flags()} -c $in -o $out", "$name", compiles=True)
-    file.rule("link", f"{toolchain.cxx} -shared -o $out $in {torch_libraries()}", "link $name", compiles=False)
+    _add_rules(file, toolchain)
     file.rule("stand_in", f"{toolchain.cc} -O2 -fPIC -shared -o $out $in", "$name", compiles=False)
-    for source, targets in (
-        *((source, unit.instance.archs) for unit, source in sources.items()),
-        *((source, archs) for source in auxiliary),
-    ):
-        file.compile("hip", source, flags=joined(hip_flags(toolchain, targets)), archs=", ".join(targets))
+    _add_instances(file, toolchain, sources)
+    for source in auxiliary:
+        _add_device_code(file, toolchain, source, archs)
     for source in (*(CSRC / name for name in _HOST_CODE), work / "generated" / "table.cpp"):
         file.compile("cxx", source)
     file.link("link", out / ck_instances.LIBRARY)
     file.make("stand_in", out / STAND_IN, CSRC / "stand_in_hip.c")
     return file
+
+
+def _add_rules(file: BuildFile, toolchain: Toolchain) -> None:
+    """How device code and host code are compiled, and a library is linked."""
+    file.rule(
+        "hip", f"{toolchain.hip_compiler} -MD -MF $out.d $flags -c $in -o $out", "$name for $archs", compiles=True
+    )
+    file.rule("cxx", f"{toolchain.cxx} -MD -MF $out.d {cxx_flags()} -c $in -o $out", "$name", compiles=True)
+    file.rule("link", f"{toolchain.cxx} -shared -o $out $in {torch_libraries()}", "link $name", compiles=False)
+
+
+def _add_instances(file: BuildFile, toolchain: Toolchain, sources: dict[Unit, pathlib.Path]) -> None:
+    for unit, source in sources.items():
+        _add_device_code(file, toolchain, source, unit.instance.archs)
+
+
+def _add_device_code(file: BuildFile, toolchain: Toolchain, source: pathlib.Path, archs: Sequence[str]) -> None:
+    file.compile("hip", source, flags=joined(hip_flags(toolchain, archs)), archs=", ".join(archs))
 
 
 def build(request: BuildRequest, work: pathlib.Path, out: pathlib.Path, folder: str | None = None) -> list[Unit]:
@@ -236,16 +272,64 @@ def build(request: BuildRequest, work: pathlib.Path, out: pathlib.Path, folder: 
         units = units_of(request.archs, patterns, folder)
     except NothingToBuild as error:
         raise BuildError(str(error)) from error
+    build_library(find_toolchain(request, work.resolve()), units, request.archs, work, out)
+    return units
+
+
+def build_library(
+    toolchain: Toolchain,
+    units: Sequence[Unit],
+    archs: tuple[str, ...],
+    work: pathlib.Path,
+    out: pathlib.Path,
+    log: pathlib.Path | None = None,
+) -> None:
+    """Compile a whole library: operators, auxiliary kernels and instances, of which there may be none.
+
+    Args:
+        log: where compilers write to; default: printed.
+
+    Raises:
+        BuildError: a compiler failed.
+    """
     work, out = work.resolve(), out.resolve()
-    toolchain = find_toolchain(request, work)
-    out.mkdir(parents=True, exist_ok=True)
     sources = write(work / "generated", units)
-    auxiliary = hipified.write(work / "hipified")
-    file = _build_file(toolchain, sources, auxiliary, request.archs, work, out)
+    file = _build_file(toolchain, sources, hipified.write(work / "hipified"), archs, work, out)
+    _make(file, toolchain, units, archs, out, log)
+
+
+def build_module(toolchain: Toolchain, unit: Unit, work: pathlib.Path, out: pathlib.Path, log: pathlib.Path) -> None:
+    """Compile a library of one instance, which the operators of a whole one launch; see ``csrc/module.cpp``.
+
+    Raises:
+        BuildError: a compiler failed.
+    """
+    work, out = work.resolve(), out.resolve()
+    sources = write(work / "generated", [unit])
+    file = BuildFile(work)
+    _add_rules(file, toolchain)
+    _add_instances(file, toolchain, sources)
+    for source in (CSRC / "module.cpp", work / "generated" / "table.cpp"):
+        file.compile("cxx", source)
+    file.link("link", out / ck_instances.LIBRARY)
+    _make(file, toolchain, [unit], unit.instance.archs, out, log)
+
+
+def _make(
+    file: BuildFile,
+    toolchain: Toolchain,
+    units: Sequence[Unit],
+    archs: tuple[str, ...],
+    out: pathlib.Path,
+    log: pathlib.Path | None,
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     # A library without its list is no library, so that an interrupted build leaves none that is half.
     (out / ck_instances.MANIFEST).unlink(missing_ok=True)
-    if not file.run(toolchain.ninja, toolchain.jobs):
-        raise BuildError(COMPILER_FAILED)
-    contents = ck_instances.manifest(request.archs, [unit.instance for unit in units], toolchain.describe())
+    if not file.run(toolchain.ninja, toolchain.jobs, log):
+        if log is None:
+            raise BuildError(COMPILER_FAILED)
+        lines = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+        raise BuildError("\n".join(["a compiler failed; the end of what it said:", *lines]))
+    contents = ck_instances.manifest(archs, [unit.instance for unit in units], toolchain.describe())
     (out / ck_instances.MANIFEST).write_text(json.dumps(contents, indent=1) + "\n")
-    return units

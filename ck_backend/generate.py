@@ -155,6 +155,8 @@ def table_of(units: Sequence[Unit]) -> str:
             f'"{unit.name}", {_truth(unit, "varlen")}, {instance.headdim}, {instance.headdim_v}, {keys}, {functions}'
         )
         lines.append(f"    {{{values}}},\n")
+    if not units:
+        lines.append("    {},\n")  # an array has an element
     lines += ["};\n\n", f"const int instance_count = {len(units)};\n\n", "} // namespace flash_ck\n"]
     return "".join(lines)
 

@@ -16,14 +16,34 @@ MAX_STRIDE = (1 << 31) - 1
 
 
 def instance_of(kernel: str, problem: AttentionProblem, device: torch.device) -> tuple[int, CkInstance, Any]:
-    """The instance that runs one kernel of a problem, its number before it, and the operators of the library."""
-    found, operators = library.load()
+    """What runs one kernel of a problem: the instance's number for the operators of the library, it, and these.
+
+    Selection has found that the library has the instance, or, where ``ck`` was asked for by name, that it can be
+    compiled: that is done here, for the backward too.
+
+    Raises:
+        LibraryError: it could not be compiled, or not now.
+    """
     arch = virtual_device.arch_of(device).name
+    found, operators = library.load()
+    if any(found.find(each, problem, arch) is None for each in ck_instances.kernels_of(problem)):
+        _compile(problem, arch)
+        found, operators = library.load()
     number = found.find(kernel, problem, arch)
-    if number is None:  # selection has looked, but another library may have been built since
-        reasons = "; ".join(ck_instances.refusals(problem, arch, found))
-        raise library.LibraryError(f"ck: expected an instance for {problem.describe()}: {reasons}")
-    return number, found.instances[number], operators
+    if number is None:
+        raise library.LibraryError(f"ck: expected the {kernel} that was compiled in {found.folder}, found none")
+    return library.number_of(found, number), found.instances[number], operators
+
+
+def _compile(problem: AttentionProblem, arch: str) -> None:
+    library.forbid_in_graph_capture(f'flash-rocm build --ck --arch {arch} --problem "{problem.options()}"')
+    # Most processes compile nothing, and need nothing of it.
+    from . import on_demand
+
+    try:
+        on_demand.provide(problem, arch)
+    except on_demand.BuildError as error:
+        raise library.LibraryError(f"ck: {problem.describe()}: {error}") from error
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:

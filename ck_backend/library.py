@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import pathlib
+import threading
 from typing import Any
 
 import torch
@@ -25,15 +26,70 @@ class LibraryError(RuntimeError):
 
 
 def load() -> tuple[CkLibrary, Any]:
-    """The library in use and its operators.
+    """The library in use and its operators; where none is installed, which selection allows if ``ck`` was asked for by
+    name, one is compiled.
 
     Raises:
-        LibraryError: it cannot be loaded, or another one has been, of which a process can have one only.
+        LibraryError: it cannot be compiled or loaded, or another one has been, of which a process can have one only.
     """
+    library = ck_instances.built() or _compiled()
+    return library, _operators(library.folder)
+
+
+def _compiled() -> CkLibrary:
+    from . import on_demand
+
+    forbid_in_graph_capture(ck_instances.BUILD_COMMAND.format(archs=";".join(ck_instances.ARCHS)))
+    try:
+        on_demand.provide_base()
+    except on_demand.BuildError as error:
+        raise LibraryError(f"ck: {error}") from error
     library = ck_instances.built()
     if library is None:
-        raise LibraryError("ck: expected a library that is built, found none")
-    return library, _operators(library.folder)
+        raise LibraryError("ck: expected the library that was compiled, found none")
+    return library
+
+
+def forbid_in_graph_capture(command: str) -> None:
+    """Raise LibraryError where a graph is being captured, during which nothing is compiled."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise LibraryError(
+            "ck: expected kernels that are compiled before a graph is captured, got one that is not. Hint: make one "
+            f"such call before, or {command}"
+        )
+
+
+#: Modules of a library -> number of the first instance of each, for the operators.
+_added: dict[pathlib.Path, int] = {}
+_adding = threading.Lock()
+
+
+def number_of(library: CkLibrary, number: int) -> int:
+    """An instance as the operators number it, of the library that is loaded; a module is loaded at its first use.
+
+    Raises:
+        LibraryError: the module cannot be loaded, or is for another version of the library.
+    """
+    if number < len(library.own):
+        return number
+    folder = library.folder_of(number)
+    if folder not in _added:
+        with _adding:
+            if folder not in _added:
+                _added[folder] = _add(folder / ck_instances.LIBRARY)
+    return _added[folder]
+
+
+def _add(path: pathlib.Path) -> int:
+    try:
+        entry = ctypes.CDLL(str(path)).flash_ck_table
+        entry.restype = ctypes.c_void_p
+        return torch.ops.flash_rocm_ck.add(entry())
+    except (OSError, RuntimeError, AttributeError) as error:
+        raise LibraryError(
+            f"ck: {path}: expected instances that the library takes, {error}. Hint: build the library again, remove "
+            "this folder"
+        ) from error
 
 
 def load_auxiliary() -> Any:

@@ -56,8 +56,12 @@ class BuildFile:
         self._lines.append(f"build {made}: {rule} {sources}")
         self._lines.extend(f"  {key} = {value}" for key, value in variables.items())
 
-    def run(self, ninja: str, jobs: int) -> bool:
-        """Whether ninja made all of it; what the compilers say is printed."""
+    def run(self, ninja: str, jobs: int, log: pathlib.Path | None = None) -> bool:
+        """Whether ninja made all of it; what the compilers say is printed, or written to ``log``."""
         path = self._work / "build.ninja"
         path.write_text("\n".join(self._lines) + "\n")
-        return subprocess.run([ninja, "-f", str(path), "-j", str(jobs)]).returncode == 0
+        command = [ninja, "-f", str(path), "-j", str(jobs)]
+        if log is None:
+            return subprocess.run(command).returncode == 0
+        with log.open("w") as file:
+            return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode == 0

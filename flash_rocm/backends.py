@@ -113,7 +113,7 @@ CK = Capability(
             *("kvcache", "paged", "append", "rotary", "cache_batch_idx", "leftpad"),
         }
     ),
-    archs=("gfx90a", "gfx942"),
+    archs=ck_instances.ARCHS,
 )
 
 CAPABILITIES = {capability.name: capability for capability in (CK, TRITON, REFERENCE)}
@@ -158,13 +158,29 @@ def _arch_reasons(capability: Capability, arch: Arch) -> list[str]:
     return []
 
 
-def refusal_reasons(name: str, problem: AttentionProblem, arch: Arch) -> list[str]:
-    """Every reason why a back end does not run this problem on this arch; empty if it does."""
+def refusal_reasons(name: str, problem: AttentionProblem, arch: Arch, by_name: bool = False) -> list[str]:
+    """Every reason why a back end does not run this problem on this arch; empty if it does.
+
+    Args:
+        by_name: it was asked for by name: then ``ck`` compiles an instance that is missing at its first use, where the
+            configs have it and this machine has a compiler.  ``auto`` lets nobody wait for that.
+    """
     reasons = availability_reasons(name, arch) + _problem_reasons(name, problem)
     if name == "ck":
         # Which instance is missing is of interest only where one could help.
         reasons += ck_instances.refusals(problem, arch.name, None if reasons else ck_instances.built())
+        if reasons and by_name and _is_compilable(problem, arch):
+            why_not = load_library_builder("ck").why_not(runtime.build_request())
+            return [*reasons, f"not compiled at first use: {why_not}"] if why_not else []
     return reasons
+
+
+def _is_compilable(problem: AttentionProblem, arch: Arch) -> bool:
+    """Whether all that Composable Kernel lacks for a problem is an instance that the configs have."""
+    capability_lacks = _arch_reasons(CK, arch) + _problem_reasons("ck", problem)
+    wanted = ck_instances.configured(arch.name)
+    library = ck_instances.built() or wanted
+    return not capability_lacks and not ck_instances.refusals(problem, arch.name, library, wanted)
 
 
 def incapacities(name: str, problem: AttentionProblem, arch: Arch) -> list[str]:
@@ -196,7 +212,8 @@ def _decide(
 ) -> str | None:
     # The last two are what the reasons depend on beside the rest.
     names = _candidates(arch, requested)
-    return next((name for name in names if not refusal_reasons(name, problem, arch)), None)
+    by_name = requested != "auto"
+    return next((name for name in names if not refusal_reasons(name, problem, arch, by_name)), None)
 
 
 def _candidates(arch: Arch, requested: str) -> tuple[str, ...]:
@@ -207,7 +224,7 @@ def _refusal(problem: AttentionProblem, arch: Arch, requested: str) -> BackendEr
     candidates = _candidates(arch, requested)
     lines = [f"no back end can run this call: {problem.describe()}; device {arch.name}; requested {requested}"]
     for name in CAPABILITIES:
-        reasons = refusal_reasons(name, problem, arch)
+        reasons = refusal_reasons(name, problem, arch, requested != "auto")
         if name in candidates:
             lines += [f"  {name}: {reason}" for reason in reasons]
         elif reasons:
@@ -410,6 +427,11 @@ def load_library_builder(name: str) -> Any:
     return importlib.import_module("flash_rocm._ck.build" if name == "ck" else "flash_rocm._ck.build_cuda")
 
 
+def load_on_demand() -> Any:
+    """What compiles instances of Composable Kernel for described problems: ``provide`` and ``BuildError``."""
+    return importlib.import_module("flash_rocm._ck.on_demand")
+
+
 def load_planner() -> Planner:
     """Configs and constants of the Triton kernels; needs no Triton."""
     return importlib.import_module("flash_rocm._triton.plan")  # type: ignore[return-value]
@@ -446,7 +468,8 @@ def _auxiliary_configs(problem: AttentionProblem, arch: Arch) -> list[str]:
 def explain_problem(problem: AttentionProblem, arch: Arch, requested: str) -> Explanation:
     """What :func:`select` would say, with every back end's reasons, without raising."""
     chosen = choice(problem, arch, requested)
-    reasons = {name: tuple(refusal_reasons(name, problem, arch)) for name in CAPABILITIES}
+    by_name = requested == "ck"
+    reasons = {name: tuple(refusal_reasons(name, problem, arch, by_name)) for name in CAPABILITIES}
     configs: tuple[str, ...] = ()
     if chosen == "triton":
         configs = (*load_planner().describe_configs(problem, arch), *_auxiliary_configs(problem, arch))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flash_rocm import backends, runtime, tuned
+from flash_rocm import backends, described, runtime, tuned
 from flash_rocm.bench.progress import Progress
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.inspect import InspectError
@@ -33,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--instances",
         metavar="PATTERNS",
         help="of the names of Composable Kernel's, such as 'forward_bf16_d128*', with commas between; default: all",
+    )
+    add(
+        "--problem",
+        action="append",
+        metavar="TEXT",
+        help="with --ck: compile what this call needs and is not there, beside the library; options of flash-rocm explain "
+        "without dashes, 'shape=2,1024,1024,16,16,128 causal backward'; may be given several times",
     )
     add("--layout", type=names, default=list(LAYOUTS), metavar="LAYOUT", help=f"of {', '.join(LAYOUTS)}; default: both")
     add(
@@ -81,6 +88,9 @@ def tasks_of(cases: Sequence[Case], layouts: Sequence[str], source: ConfigSource
 
 def run(args: argparse.Namespace) -> int:
     """Compile and say what came of it; 1 if a kernel failed, 2 for wrong arguments."""
+    if args.problem and not args.ck:
+        print("flash-rocm build: --problem: expected no value without --ck", file=sys.stderr)
+        return 2
     if args.triton:
         return _run_triton(args)
     return _run_library(args, "ck" if args.ck else "cuda")
@@ -98,6 +108,8 @@ def _run_library(args: argparse.Namespace, name: str) -> int:
     if name == "cuda" and args.instances is not None:
         print("flash-rocm build: --instances: expected no value without --ck", file=sys.stderr)
         return 2
+    if args.problem:
+        return _run_problems(args)
     folder = args.output or runtime.cache_dir() / name
     builder, request, source = backends.load_library_builder(name), runtime.build_request(), runtime.config_source()
     work = folder.parent / ("work" if name == "ck" else f"work-{name}")
@@ -118,6 +130,39 @@ def _run_library(args: argparse.Namespace, name: str) -> int:
         named = folder.name == name
         print(f"calls find them with FLASH_ROCM_CACHE_DIR={folder.parent if named else '...'}", end="")
         print("" if named else f", where this folder has to be named {name}")
+    return 0
+
+
+def _run_problems(args: argparse.Namespace) -> int:
+    """What described calls need of Composable Kernel."""
+    for option, value in (("--instances", args.instances), ("--output", args.output)):
+        if value is not None:
+            print(f"flash-rocm build: {option}: expected no value with --problem", file=sys.stderr)
+            return 2
+    builder = backends.load_on_demand()
+    try:
+        problems = [described.problem_of(text) for text in args.problem]
+        lacks = [
+            f"{problem.options()}: {reason}"
+            for problem in problems
+            for arch in args.arch
+            for reason in backends.incapacities("ck", problem, runtime.arch_named(arch))
+        ]
+    except (ValueError, NotImplementedError) as error:
+        print(f"flash-rocm build: {error}", file=sys.stderr)
+        return 2
+    if lacks:
+        print("\n".join(f"flash-rocm build: --problem: {line}" for line in lacks), file=sys.stderr)
+        return 1
+    try:
+        for arch in args.arch:
+            for problem in problems:
+                for found in builder.provide(problem, arch, lambda text: print(text, flush=True)):
+                    how = f"compiled in {found.seconds:.0f} s" if found.seconds else "there already"
+                    print(f"{found.name} for {arch}: {how}, {found.folder}", flush=True)
+    except (builder.BuildError, ConfigError) as error:
+        print(f"flash-rocm build: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -11,16 +11,21 @@ import dataclasses
 import functools
 import pathlib
 
-from flash_rocm import config, files, runtime
+from flash_rocm import ck_store, config, files, runtime
 from flash_rocm.config_schema import CK_VARIANTS, CkConfig, ConfigError, check_object
 from flash_rocm.problem import AttentionProblem
+from flash_rocm.runtime import OnDemand
 
+#: Chips that the shipped configs have instances for.
+ARCHS = ("gfx90a", "gfx942")
 MANIFEST, LIBRARY = "instances.json", "_C.so"
 _SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 #: Composable Kernel addresses the rows of one sequence with a 32-bit number of bytes.
 _MAX_BYTES = 1 << 31
 #: ... and takes the distances of ALiBi with v_sad_u16.
 _MAX_ALIBI_SEQLEN = 1 << 16
+#: Seconds of a processor that an instance takes to compile, for whoever waits.
+SECONDS_TO_COMPILE = 40
 BUILD_COMMAND = 'FLASH_ROCM_BUILD=ck FLASH_ROCM_ARCHS="{archs}" pip install --no-build-isolation .'
 
 
@@ -69,11 +74,25 @@ class CkInstance:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CkLibrary:
-    """A library that is built, and its instances in the order of its table; there is one object for each."""
+    """A library that is built, and its instances in the order of its table; there is one object for each.
+
+    ``modules`` are folders of libraries that were compiled on demand: their instances, one each, are the last.
+    """
 
     folder: pathlib.Path
     archs: tuple[str, ...]
     instances: tuple[CkInstance, ...]
+    modules: tuple[pathlib.Path, ...] = ()
+
+    @property
+    def own(self) -> tuple[CkInstance, ...]:
+        """Those that are no module's."""
+        return self.instances[: len(self.instances) - len(self.modules)]
+
+    def folder_of(self, number: int) -> pathlib.Path:
+        """Of the library that has an instance."""
+        after = number - len(self.own)
+        return self.folder if after < 0 else self.modules[after]
 
     def find(self, kernel: str, problem: AttentionProblem, arch: str) -> int | None:
         """Number of the instance that runs one direction of a problem: the smallest head dim, then the first."""
@@ -88,11 +107,18 @@ def _find(library: CkLibrary, kernel: str, problem: AttentionProblem, arch: str)
 
 
 def describe(problem: AttentionProblem, arch: str, library: CkLibrary | None) -> list[str]:
-    """One line for each direction of a problem that the library runs, for ``explain``."""
-    if library is None:
-        return []
-    numbers = [(kernel, library.find(kernel, problem, arch)) for kernel in kernels_of(problem)]
-    return [f"{kernel}: {library.instances[n].name} ({library.folder})" for kernel, n in numbers if n is not None]
+    """One line for each direction of a problem that the library runs, now or once it is compiled, for ``explain``."""
+    lines, wanted = [], configured(arch)
+    for kernel in kernels_of(problem):
+        number = None if library is None else library.find(kernel, problem, arch)
+        if library is not None and number is not None:
+            lines.append(f"{kernel}: {library.instances[number].name} ({library.folder_of(number)})")
+            continue
+        number = wanted.find(kernel, problem, arch)
+        if number is not None:
+            when = f"compiled at the first call, about {SECONDS_TO_COMPILE} s of a processor"
+            lines.append(f"{kernel}: {wanted.instances[number].name} ({when})")
+    return lines
 
 
 def kernels_of(problem: AttentionProblem) -> tuple[str, ...]:
@@ -120,23 +146,61 @@ def from_config(entry: CkConfig, arch: str) -> list[CkInstance]:
 def built() -> CkLibrary | None:
     """The library that calls use: that of an explicit ``FLASH_ROCM_CACHE_DIR``, else that of the package, if any.
 
+    With what was compiled on demand: instances, and where nothing is installed what launches them.
+
     Raises:
         ConfigError: its list of instances is damaged.
     """
-    return _built(runtime.built_ck())
+    return _built(runtime.built_ck(), runtime.on_demand_ck(), _config_folder())
+
+
+def look_again() -> None:
+    """Something was compiled since :func:`built` looked."""
+    _built.cache_clear()
+
+
+def _config_folder() -> str | None:
+    source = runtime.config_source()
+    return source.folder if source else None
+
+
+def shipped(arch: str) -> CkLibrary:
+    """The library that all entries of the shipped configs would make; no folder holds it."""
+    return _all_of(arch, None)
+
+
+def configured(arch: str) -> CkLibrary:
+    """Likewise, where the user may have replaced the shipped configs."""
+    return _all_of(arch, _config_folder())
 
 
 @functools.lru_cache(maxsize=16)
-def shipped(arch: str) -> CkLibrary:
-    """The library that all entries of the shipped configs would make; no folder holds it."""
-    instances = [instance for entry in config.arch_configs(arch).ck for instance in from_config(entry, arch)]
+def _all_of(arch: str, folder: str | None) -> CkLibrary:
+    instances = [instance for entry in config.arch_configs(arch, folder).ck for instance in from_config(entry, arch)]
     return CkLibrary(pathlib.Path(), (arch,), tuple(instances))
 
 
 @functools.lru_cache(maxsize=16)
-def _built(explicit: pathlib.Path | None) -> CkLibrary | None:
+def _built(explicit: pathlib.Path | None, on_demand: OnDemand, config_folder: str | None) -> CkLibrary | None:
     folder = files.library_folder(explicit, MANIFEST, LIBRARY)
-    return None if folder is None else _read(folder)
+    is_there = on_demand.folder.is_dir()  # nearly never: then nothing is looked for
+    if folder is None and is_there and (ck_store.base(on_demand) / MANIFEST).is_file():
+        folder = ck_store.base(on_demand)
+    if folder is None:
+        return None
+    library = _read(folder)
+    if not is_there:
+        return library
+    modules = tuple(
+        place
+        for arch in ARCHS
+        if arch in library.archs
+        for entry in config.arch_configs(arch, config_folder).ck
+        for instance in from_config(entry, arch)
+        if ((place := ck_store.place(on_demand, arch, instance.name, entry)) / MANIFEST).is_file()
+    )
+    instances = (*library.instances, *(instance for place in modules for instance in _read(place).instances))
+    return CkLibrary(folder, library.archs, instances, modules)
 
 
 def _read(folder: pathlib.Path) -> CkLibrary:
@@ -163,8 +227,15 @@ def manifest(archs: tuple[str, ...], instances: list[CkInstance], built_with: st
     }
 
 
-def refusals(problem: AttentionProblem, arch: str, library: CkLibrary | None) -> list[str]:
-    """Why Composable Kernel does not run a problem, beside the features that the back end lacks as a whole."""
+def refusals(
+    problem: AttentionProblem, arch: str, library: CkLibrary | None, others: CkLibrary | None = None
+) -> list[str]:
+    """Why Composable Kernel does not run a problem, beside the features that the back end lacks as a whole.
+
+    Args:
+        library: whose instances there are; None where that is of no interest.
+        others: with instances that count as there.
+    """
     reasons = []
     if problem.dropout_p > 0.0:
         reasons.append(
@@ -198,7 +269,9 @@ def refusals(problem: AttentionProblem, arch: str, library: CkLibrary | None) ->
         command = BUILD_COMMAND.format(archs=";".join((*library.archs, arch)))
         return [f"the library is built for {', '.join(library.archs)}, not for {arch}: {command}"]
     for kernel in kernels_of(problem):
-        if library.find(kernel, problem, arch) is None:
+        if library.find(kernel, problem, arch) is None and (
+            others is None or others.find(kernel, problem, arch) is None
+        ):
             reasons.append(f"no instance of the library runs the {kernel}: {_wanted(kernel, problem, arch)}")
     return reasons
 
@@ -232,4 +305,7 @@ def _wanted(kernel: str, problem: AttentionProblem, arch: str) -> str:
         return f"{dtype} has none"
     exact = CkInstance(kernel, dtype, problem.headdim, problem.headdim_v, variant, (arch,), (0, 0), 0)
     pages = f" of a tile whose keys divide pages of {problem.page_size}" if problem.page_size else ""
-    return f"expected {exact.name}{pages} or one that takes more. Hint: build with it in the ck entries of {arch}.json"
+    hint = f"build with it in the ck entries of {arch}.json"
+    if configured(arch).find(kernel, problem, arch) is not None:
+        hint = f'flash-rocm build --ck --arch {arch} --problem "{problem.options()}"'
+    return f"expected {exact.name}{pages} or one that takes more. Hint: {hint}"

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+#: As the command line has them.
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 #: Windows and lengths stay below this, so that sums of two of them fit in 32 bits.
 MAX_SEQLEN = 1 << 30
 
@@ -252,6 +254,32 @@ class AttentionProblem:
             f"seqlen_q={self.seqlen_q}, seqlen_k={self.seqlen_k}, nheads={self.nheads}, "
             f"nheads_k={self.nheads_k}, headdim={dims}, features: {', '.join(sorted(self.features())) or 'none'}"
         )
+
+    def options(self) -> str:
+        """As ``flash-rocm explain`` takes it, without the dashes, as far as that can say it."""
+        shape = [self.batch, self.seqlen_q, self.seqlen_k, self.nheads, self.nheads_k, self.headdim]
+        shape += [self.headdim_v] if self.headdim_v != self.headdim else []
+        values = {
+            "shape": ",".join(map(str, shape)),
+            "dtype": DTYPE_NAMES.get(self.dtype),
+            "window": None if self.causal else f"{self.window_left},{self.window_right}",
+            "dropout": self.dropout_p or None,
+            "softcap": self.softcap or None,
+            "page-size": self.page_size or None,
+        }
+        if values["window"] == "-1,-1":
+            values["window"] = None
+        flags = {
+            "causal": self.causal,
+            "alibi": self.alibi,
+            "sink": self.sinks,
+            "varlen": self.varlen,
+            "deterministic": self.deterministic,
+            "backward": self.needs_grad,
+            "kvcache": self.cached,
+        }
+        words = [f"{name}={value}" for name, value in values.items() if value is not None]
+        return " ".join([*words, *(name for name, is_set in flags.items() if is_set)])
 
 
 #: Those of calls over a K/V cache alone.

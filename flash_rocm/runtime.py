@@ -207,6 +207,24 @@ def built_cuda() -> pathlib.Path | None:
     return _built_in_cache("cuda")
 
 
+class OnDemand(NamedTuple):
+    """What the variables say of instances of Composable Kernel that are compiled at first use."""
+
+    folder: pathlib.Path  # of FLASH_ROCM_CACHE_DIR, or of its default
+    ck_home: str
+
+
+def on_demand_ck() -> OnDemand:
+    """Where they are kept, and the Composable Kernel that the user wants them of."""
+    names = (b"FLASH_ROCM_CACHE_DIR", b"XDG_CACHE_HOME", b"CK_HOME")
+    return _on_demand(*map(_variables.get, names))
+
+
+@functools.lru_cache(maxsize=64)  # each launch asks
+def _on_demand(own: bytes | None, shared: bytes | None, ck_home: bytes | None) -> OnDemand:
+    return OnDemand(_cache_dir(own, shared) / "ck_on_demand", os.fsdecode(ck_home or b""))
+
+
 def _built_in_cache(name: str) -> pathlib.Path | None:
     if not _variables.get(b"FLASH_ROCM_CACHE_DIR"):
         return None

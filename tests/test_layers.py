@@ -23,7 +23,7 @@ LEAVES = frozenset(
     f"flash_rocm.{name}"
     for name in (
         *("problem", "runtime", "virtual_device", "config", "config_schema", "validation", "files", "timing", "tuned"),
-        *("sinks", "splits", "cache_validation", "ck_instances", "layer_calls", "variables", "auxiliary"),
+        *("sinks", "splits", "cache_validation", "ck_instances", "ck_store", "layer_calls", "variables", "auxiliary"),
         "cuda_library",
         *("amdgpu.assembly", "amdgpu.chips"),
     )

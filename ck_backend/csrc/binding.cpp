@@ -69,10 +69,10 @@ void check(flash_ck::Status status, int64_t instance)
 {
     if(status == flash_ck::Status::ok)
         return;
-    const bool known = instance >= 0 && instance < flash_ck::instance_count;
+    const flash_ck::Instance* found = flash_ck::find(static_cast<int>(instance));
     STD_TORCH_CHECK(false,
                     "Composable Kernel, instance ",
-                    known ? flash_ck::instances[instance].name : "?",
+                    found != nullptr ? found->name : "?",
                     ": ",
                     flash_ck::status_text(status));
 }
@@ -185,6 +185,15 @@ void splitkv(int64_t instance,
     check(flash_ck::splitkv(static_cast<int>(instance), params), instance);
 }
 
+// table: the address of what the entry function of module.cpp returns.  The number of its first instance.
+int64_t add(int64_t table)
+{
+    int first = 0;
+    const auto status = flash_ck::add(*reinterpret_cast<const flash_ck::Table*>(table), &first);
+    STD_TORCH_CHECK(status == flash_ck::Status::ok, flash_ck::status_text(status));
+    return first;
+}
+
 int64_t dq_splits(int64_t instance, int64_t seqlen_k)
 {
     int splits = 0;
@@ -207,6 +216,7 @@ STABLE_TORCH_LIBRARY(flash_rocm_ck, library)
                 "Tensor seqlens_k, Tensor block_table, Tensor? alibi_slopes, int page_size, int seqlen_q, int seqlen_k, "
                 "float scale, float softcap, int window_left, int window_right, int stream) -> ()");
     library.def("dq_splits(int instance, int seqlen_k) -> int");
+    library.def("add(int table) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_rocm_ck, CompositeExplicitAutograd, library)
@@ -215,4 +225,5 @@ STABLE_TORCH_LIBRARY_IMPL(flash_rocm_ck, CompositeExplicitAutograd, library)
     library.impl("backward", TORCH_BOX(&backward));
     library.impl("splitkv", TORCH_BOX(&splitkv));
     library.impl("dq_splits", TORCH_BOX(&dq_splits));
+    library.impl("add", TORCH_BOX(&add));
 }

@@ -1,6 +1,7 @@
 // Checks that stand between a caller and a launch.
 #include "flash_ck.h"
 
+#include <atomic>
 #include <initializer_list>
 
 namespace flash_ck {
@@ -22,9 +23,10 @@ void widen_alibi(Shape& shape)
 
 Status check(int number, const Shape& shape)
 {
-    if(number < 0 || number >= instance_count)
+    const Instance* found = find(number);
+    if(found == nullptr)
         return Status::no_instance;
-    const Instance& instance = instances[number];
+    const Instance& instance = *found;
     if(instance.varlen != (shape.cu_seqlens_q != nullptr))
         return Status::wrong_layout;
     if(shape.headdim % 8 || shape.headdim_v % 8 || shape.headdim > instance.headdim ||
@@ -33,7 +35,37 @@ Status check(int number, const Shape& shape)
     return Status::ok;
 }
 
+// Instances that were added, in order.  Readers do not lock: what is below the count is there and stays.
+constexpr int kMaxAdded = 1024;
+const Instance* added[kMaxAdded];
+std::atomic<int> added_count{0};
+
 } // namespace
+
+const Instance* find(int number)
+{
+    if(number < 0)
+        return nullptr;
+    if(number < instance_count)
+        return &instances[number];
+    number -= instance_count;
+    return number < added_count.load(std::memory_order_acquire) ? added[number] : nullptr;
+}
+
+// One caller at a time.
+Status add(const Table& table, int* first)
+{
+    if(table.layout != kLayout)
+        return Status::wrong_table;
+    const int count = added_count.load(std::memory_order_relaxed);
+    if(table.count < 0 || table.count > kMaxAdded - count)
+        return Status::too_many_tables;
+    for(int i = 0; i < table.count; i++)
+        added[count + i] = &table.instances[i];
+    added_count.store(count + table.count, std::memory_order_release);
+    *first = instance_count + count;
+    return Status::ok;
+}
 
 Status forward(int number, const ForwardParams& given)
 {
@@ -41,11 +73,11 @@ Status forward(int number, const ForwardParams& given)
     widen_alibi(params.shape);
     if(const Status status = check(number, params.shape); status != Status::ok)
         return status;
-    if(instances[number].forward == nullptr)
+    if(find(number)->forward == nullptr)
         return Status::wrong_kernel;
     if(!fits(params.q) || !fits(params.k) || !fits(params.v) || !fits(params.out) || !fits(params.lse))
         return Status::stride_too_large;
-    return instances[number].forward(params);
+    return find(number)->forward(params);
 }
 
 Status backward(int number, const BackwardParams& given)
@@ -54,23 +86,24 @@ Status backward(int number, const BackwardParams& given)
     widen_alibi(params.shape);
     if(const Status status = check(number, params.shape); status != Status::ok)
         return status;
-    if(instances[number].backward == nullptr)
+    if(find(number)->backward == nullptr)
         return Status::wrong_kernel;
     for(const Matrix* x : {&params.q, &params.k, &params.v, &params.dout, &params.dk, &params.dv, &params.dq_acc})
         if(!fits(*x))
             return Status::stride_too_large;
     if(!fits(params.lse) || !fits(params.delta) || params.dq_acc_split > kMaxStride)
         return Status::stride_too_large;
-    return instances[number].backward(params);
+    return find(number)->backward(params);
 }
 
 Status splitkv(int number, const SplitKvParams& given)
 {
     SplitKvParams params = given;
     widen_alibi(params.shape);
-    if(number < 0 || number >= instance_count)
+    const Instance* found = find(number);
+    if(found == nullptr)
         return Status::no_instance;
-    const Instance& instance = instances[number];
+    const Instance& instance = *found;
     if(instance.splitkv == nullptr)
         return Status::wrong_kernel;
     if(params.shape.headdim != instance.headdim || params.shape.headdim_v != instance.headdim_v)
@@ -89,11 +122,12 @@ Status splitkv(int number, const SplitKvParams& given)
 
 Status dq_splits(int number, int seqlen_k, int* splits)
 {
-    if(number < 0 || number >= instance_count)
+    const Instance* found = find(number);
+    if(found == nullptr)
         return Status::no_instance;
-    if(instances[number].backward == nullptr)
+    if(found->backward == nullptr)
         return Status::wrong_kernel;
-    const int block = instances[number].key_block;
+    const int block = found->key_block;
     *splits         = block ? (seqlen_k + block - 1) / block : 1;
     return Status::ok;
 }

@@ -16,7 +16,9 @@ enum class Status : int {
     stride_too_large,
     launch_failed,
     wrong_size, // of an auxiliary kernel
-    missing_tensor
+    missing_tensor,
+    wrong_table,
+    too_many_tables
 };
 
 // One sentence for each status, without a full stop.
@@ -102,6 +104,23 @@ struct Instance {
 // Generated beside the instances, in the order of the manifest.
 extern const Instance instances[];
 extern const int instance_count;
+
+// Another library with instances of its own (module.cpp), as its entry function gives it.
+struct Table {
+    std::uint64_t layout;
+    int count;
+    const Instance* instances;
+};
+
+// What both sides of a Table have to agree on.  The first factor changes where a struct does without changing its size.
+constexpr std::uint64_t kLayout =
+    (((1ull * 4096 + sizeof(Instance)) * 4096 + sizeof(ForwardParams)) * 4096 + sizeof(BackwardParams)) * 4096 +
+    sizeof(SplitKvParams);
+
+// Take over the instances of another library, which stays loaded; the first of them gets the number *first.
+Status add(const Table& table, int* first);
+// The instance of a number; null where there is none.
+const Instance* find(int number);
 
 Status forward(int instance, const ForwardParams& params);
 Status backward(int instance, const BackwardParams& params);

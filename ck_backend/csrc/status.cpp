@@ -16,6 +16,8 @@ const char* status_text(Status status)
     case Status::launch_failed: return "the driver did not launch the kernel";
     case Status::wrong_size: return "a size is negative, too large, or not that of its partner";
     case Status::missing_tensor: return "a tensor that the kernel needs is not there";
+    case Status::wrong_table: return "it was compiled for another version of the library";
+    case Status::too_many_tables: return "no more instances can be added";
     }
     return "unknown status";
 }
