@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from flash_rocm import ck_instances, ck_store, config, files, runtime
+from flash_rocm import ck_instances, ck_store, files, runtime
 from flash_rocm.ck_instances import MANIFEST, SECONDS_TO_COMPILE
 from flash_rocm.problem import AttentionProblem
 
@@ -88,9 +88,9 @@ def _provide(kernel: str, problem: AttentionProblem, arch: str, say: Say) -> Pro
     number = wanted.find(kernel, problem, arch)
     if number is None:
         raise BuildError("; ".join(ck_instances.refusals(problem, arch, wanted)))
-    source = runtime.config_source()
-    (unit,) = units_of((arch,), [wanted.instances[number].name], source.folder if source else None)
-    place = ck_store.place(runtime.on_demand_ck(), arch, unit.instance.name, unit.entry)
+    on_demand = runtime.on_demand_ck()
+    (unit,) = units_of((arch,), [wanted.instances[number].name], on_demand.configs)
+    place = ck_store.place(on_demand, arch, unit.instance.name, unit.entry)
     seconds = _made(
         place,
         lambda tools, work, out, log: build.build_module(tools, unit, work, out, log),

@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--problem",
         action="append",
         metavar="TEXT",
-        help="with --ck: compile what this call needs and is not there, beside the library; options of flash-rocm explain "
-        "without dashes, 'shape=2,1024,1024,16,16,128 causal backward'; may be given several times",
+        help="with --ck: compile what this call needs and is not there, beside the library; options of flash-rocm "
+        "explain without dashes, 'shape=2,1024,1024,16,16,128 causal backward'; may be given several times",
     )
     add("--layout", type=names, default=list(LAYOUTS), metavar="LAYOUT", help=f"of {', '.join(LAYOUTS)}; default: both")
     add(

@@ -151,17 +151,12 @@ def built() -> CkLibrary | None:
     Raises:
         ConfigError: its list of instances is damaged.
     """
-    return _built(runtime.built_ck(), runtime.on_demand_ck(), _config_folder())
+    return _built(runtime.built_ck(), runtime.on_demand_ck())
 
 
 def look_again() -> None:
     """Something was compiled since :func:`built` looked."""
     _built.cache_clear()
-
-
-def _config_folder() -> str | None:
-    source = runtime.config_source()
-    return source.folder if source else None
 
 
 def shipped(arch: str) -> CkLibrary:
@@ -171,7 +166,7 @@ def shipped(arch: str) -> CkLibrary:
 
 def configured(arch: str) -> CkLibrary:
     """Likewise, where the user may have replaced the shipped configs."""
-    return _all_of(arch, _config_folder())
+    return _all_of(arch, runtime.on_demand_ck().configs)
 
 
 @functools.lru_cache(maxsize=16)
@@ -181,7 +176,7 @@ def _all_of(arch: str, folder: str | None) -> CkLibrary:
 
 
 @functools.lru_cache(maxsize=16)
-def _built(explicit: pathlib.Path | None, on_demand: OnDemand, config_folder: str | None) -> CkLibrary | None:
+def _built(explicit: pathlib.Path | None, on_demand: OnDemand) -> CkLibrary | None:
     folder = files.library_folder(explicit, MANIFEST, LIBRARY)
     is_there = on_demand.folder.is_dir()  # nearly never: then nothing is looked for
     if folder is None and is_there and (ck_store.base(on_demand) / MANIFEST).is_file():
@@ -195,7 +190,7 @@ def _built(explicit: pathlib.Path | None, on_demand: OnDemand, config_folder: st
         place
         for arch in ARCHS
         if arch in library.archs
-        for entry in config.arch_configs(arch, config_folder).ck
+        for entry in config.arch_configs(arch, on_demand.configs).ck
         for instance in from_config(entry, arch)
         if ((place := ck_store.place(on_demand, arch, instance.name, entry)) / MANIFEST).is_file()
     )

@@ -1,4 +1,4 @@
-"""Calls that are described in words: by the options of ``flash-rocm explain``, or by the same without dashes in one text."""
+"""Calls described in words: the options of ``flash-rocm explain``, or the same without dashes in one text."""
 
 from __future__ import annotations
 

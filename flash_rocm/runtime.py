@@ -212,17 +212,19 @@ class OnDemand(NamedTuple):
 
     folder: pathlib.Path  # of FLASH_ROCM_CACHE_DIR, or of its default
     ck_home: str
+    configs: str | None  # FLASH_ROCM_CONFIG_DIR, whose entries they are of
 
 
 def on_demand_ck() -> OnDemand:
-    """Where they are kept, and the Composable Kernel that the user wants them of."""
-    names = (b"FLASH_ROCM_CACHE_DIR", b"XDG_CACHE_HOME", b"CK_HOME")
+    """Where they are kept, and what the user wants them of."""
+    names = (b"FLASH_ROCM_CACHE_DIR", b"XDG_CACHE_HOME", b"CK_HOME", b"FLASH_ROCM_CONFIG_DIR")
     return _on_demand(*map(_variables.get, names))
 
 
 @functools.lru_cache(maxsize=64)  # each launch asks
-def _on_demand(own: bytes | None, shared: bytes | None, ck_home: bytes | None) -> OnDemand:
-    return OnDemand(_cache_dir(own, shared) / "ck_on_demand", os.fsdecode(ck_home or b""))
+def _on_demand(own: bytes | None, shared: bytes | None, ck_home: bytes | None, configs: bytes | None) -> OnDemand:
+    folder = _cache_dir(own, shared) / "ck_on_demand"
+    return OnDemand(folder, os.fsdecode(ck_home or b""), os.fsdecode(configs) if configs else None)
 
 
 def _built_in_cache(name: str) -> pathlib.Path | None:

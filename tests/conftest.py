@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 from calls import device, fresh_dynamo, received  # noqa: F401, fixtures of several files
 from ck_library import NO_LIBRARY, cache_of_tests
+from flash_rocm._ck import build as ck_build
 
-from flash_rocm import variables
+from flash_rocm import runtime, variables
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _CASE = "attention_case"
+_ON_DEMAND = runtime._on_demand
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,11 +43,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _clean_environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the developer has set does not decide which back end a test takes; ck tests find their library."""
+    """What the developer has set or compiled does not decide which back end a test takes; ck tests find their library.
+
+    Only tests that say so compile instances of Composable Kernel at their first use.
+    """
+    monkeypatch.setattr(ck_build, "why_not", lambda request: "no compiler in this test")
+    monkeypatch.setattr(runtime, "_on_demand", _on_demand_of_a_test)
     for name in {**variables.RUN, **variables.BUILD}.keys() - {"TRITON_INTERPRET"}:
         monkeypatch.delenv(name, raising=False)
     if request.node.get_closest_marker("ck") and (cache := cache_of_tests()):
         monkeypatch.setenv("FLASH_ROCM_CACHE_DIR", str(cache))
+
+
+def _on_demand_of_a_test(own: bytes | None, shared: bytes | None, *others: bytes | None) -> runtime.OnDemand:
+    """None but in a cache that the test has named."""
+    found = _ON_DEMAND(own, shared, *others)
+    return found if own or shared else found._replace(folder=pathlib.Path("/nowhere"))
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
