@@ -73,6 +73,10 @@ def provide(problem: AttentionProblem, arch: str, say: Say = _log) -> list[Provi
         BuildError: no config entry is for it, or it cannot be compiled; what failed is not tried again.
         ConfigError: a config file is wrong.
     """
+    wanted = ck_instances.configured(arch)
+    reasons = ck_instances.refusals(problem, arch, ck_instances.built() or wanted, wanted)
+    if reasons:
+        raise BuildError("; ".join(reasons))
     provide_base(say)
     return [_provide(kernel, problem, arch, say) for kernel in ck_instances.kernels_of(problem)]
 
@@ -82,12 +86,10 @@ def _provide(kernel: str, problem: AttentionProblem, arch: str, say: Say) -> Pro
     number = None if library is None else library.find(kernel, problem, arch)
     if library is not None and number is not None:
         return Provided(library.instances[number].name, library.folder_of(number), 0.0)
-    if library is not None and arch not in library.archs:
-        raise BuildError("; ".join(ck_instances.refusals(problem, arch, library)))
     wanted = ck_instances.configured(arch)
     number = wanted.find(kernel, problem, arch)
     if number is None:
-        raise BuildError("; ".join(ck_instances.refusals(problem, arch, wanted)))
+        raise BuildError(f"{kernel}: expected a ck entry in {arch}.json, found none")
     on_demand = runtime.on_demand_ck()
     (unit,) = units_of((arch,), [wanted.instances[number].name], on_demand.configs)
     place = ck_store.place(on_demand, arch, unit.instance.name, unit.entry)
