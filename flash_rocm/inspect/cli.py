@@ -99,7 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         action="store_true",
         help="also execute a launch of each kernel on the virtual GPU and predict TFLOP/s and what binds it "
-        "(modelled, uncalibrated; seconds a kernel); with --format json only that is printed",
+        "(modelled, uncalibrated; seconds a kernel), with --backend ck beside Triton's; with --format json only that "
+        "is printed",
     )
     add("--object", type=pathlib.Path, metavar="FILE.co", help="inspect this code object instead of our kernels")
     add(
@@ -135,13 +136,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace, reports: list[Report]) -> str:
     """What --model prints: a table beneath that of the reports, or as JSON in its place."""
-    for name, given in (("--object", args.object), ("--backend ck", args.backend == "ck")):
-        if given:
-            raise InspectError(f"--model: expected without {name}, got both")
+    if args.object:
+        raise InspectError("--model: expected without --object, got both")
     # Only this needs numpy.
-    from . import model
+    from . import ck_model, model
 
-    found = model.predict_cases([report.case for report in reports])
+    cases = [report.case for report in reports]
+    if args.backend == "ck":
+        compared = ck_model.compare(list(dict.fromkeys(cases)))
+        return ck_model.as_json(compared) if args.format == "json" else ck_model.as_table(compared)
+    found = model.predict_cases(cases)
     return model.as_json(found) if args.format == "json" else model.as_table(found)
 
 

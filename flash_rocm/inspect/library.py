@@ -54,21 +54,31 @@ def inspect_library(
 
 def _contents(library: CkLibrary) -> list[tuple[CkInstance | None, list[tuple[str, bytes]]]]:
     """(instance, code objects by arch): instances are linked in the order of the list, then auxiliary kernels."""
-    bundles = list(bundles_of((library.folder / LIBRARY).read_bytes()))
-    if len(bundles) < len(library.instances):
+    found = _contents_of(library.folder, library.own)
+    for instance, folder in zip(library.instances[len(library.own) :], library.modules, strict=True):
+        found += _contents_of(folder, [instance])
+    return found
+
+
+def _contents_of(
+    folder: pathlib.Path, instances: Sequence[CkInstance]
+) -> list[tuple[CkInstance | None, list[tuple[str, bytes]]]]:
+    bundles = list(bundles_of((folder / LIBRARY).read_bytes()))
+    if len(bundles) < len(instances):
         raise InspectError(
-            f"{library.folder / LIBRARY}: expected code of {len(library.instances)} instances, found {len(bundles)}. "
+            f"{folder / LIBRARY}: expected code of {len(instances)} instances, found {len(bundles)}. "
             "Hint: build it again"
         )
-    others = [None] * (len(bundles) - len(library.instances))
-    return list(zip([*library.instances, *others], bundles, strict=True))
+    others = [None] * (len(bundles) - len(instances))
+    return list(zip([*instances, *others], bundles, strict=True))
 
 
 def _is_asked_for(instance: CkInstance, dtypes: Sequence[str], headdims: Sequence[int]) -> bool:
-    return _short_dtype(instance) in dtypes and (not headdims or instance.headdim in headdims)
+    return short_dtype(instance) in dtypes and (not headdims or instance.headdim in headdims)
 
 
-def _short_dtype(instance: CkInstance) -> str:
+def short_dtype(instance: CkInstance) -> str:
+    """As the command line has it."""
     return next(name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{instance.dtype}")
 
 
@@ -83,7 +93,7 @@ def _reports(arch: str, instance: CkInstance | None, code: bytes) -> list[Report
         if instance is None:
             case = Case(arch, _short_name(demangled(report.case.kernel)))
         else:
-            case = Case(arch, instance.name, _short_dtype(instance), instance.headdim)
+            case = Case(arch, instance.name, short_dtype(instance), instance.headdim)
         reports.append(dataclasses.replace(report, case=case, config="the built library"))
     return reports
 
