@@ -23,7 +23,8 @@ RUN = {
     "FLASH_ROCM_CACHE_DIR": (
         "what is kept between runs: tuned configs, what `flash-rocm build` builds, reports of `flash-rocm "
         "inspect`; default: `flash_rocm` in the user's cache folder. Tuned configs are used if this or "
-        "`FLASH_ROCM_AUTOTUNE=1` is set, built kernels only if this is"
+        "`FLASH_ROCM_AUTOTUNE=1` is set, built kernels only if this is, and instances of Composable Kernel that were "
+        "compiled on demand always ([ck.md](ck.md#an-instance-that-is-missing))"
     ),
     "XDG_CACHE_HOME": "the user's cache folder; default: `~/.cache`",
     "FLASH_ROCM_VIRTUAL_GPU": (
