@@ -177,10 +177,10 @@ def refusal_reasons(name: str, problem: AttentionProblem, arch: Arch, by_name: b
 
 def _is_compilable(problem: AttentionProblem, arch: Arch) -> bool:
     """Whether all that Composable Kernel lacks for a problem is an instance that the configs have."""
-    capability_lacks = _arch_reasons(CK, arch) + _problem_reasons("ck", problem)
+    if _arch_reasons(CK, arch) or _problem_reasons("ck", problem):
+        return False
     wanted = ck_instances.configured(arch.name)
-    library = ck_instances.built() or wanted
-    return not capability_lacks and not ck_instances.refusals(problem, arch.name, library, wanted)
+    return not ck_instances.refusals(problem, arch.name, ck_instances.built() or wanted, wanted)
 
 
 def incapacities(name: str, problem: AttentionProblem, arch: Arch) -> list[str]:

@@ -12,6 +12,7 @@ from ck_library import ARCHS, NAMES
 
 from flash_rocm import ck_instances, cli
 from flash_rocm.amdgpu.bundles import bundles_of, code_objects
+from flash_rocm.inspect import ck_model, model
 from flash_rocm.inspect.library import _short_name
 
 
@@ -96,7 +97,37 @@ def test_every_instance_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected arguments that fit a kernel of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_call_that_is_modelled_takes_the_instance(arch: str) -> None:
+    shipped = ck_instances.shipped(arch)
+    for number, instance in enumerate(shipped.instances):
+        problem = ck_model.problem_of(instance)
+        found = [shipped.find(kernel, problem, arch) for kernel in ck_instances.kernels_of(problem)]
+        assert number in found and None not in found, instance.name
+
+
 @pytest.mark.ck
-def test_no_model_of_a_library(capsys: pytest.CaptureFixture[str]) -> None:
+def test_instances_are_modelled_beside_triton(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ck_model, "SEQLEN", 128)
+    monkeypatch.setattr(ck_model, "CACHED", dict.fromkeys(ck_model.CACHED, model.CachedCall(256, 1, 2, 1)))
+    names = ("forward_bf16_d128_dense_masked", "backward_bf16_d128_dense_masked", "splitkv_bf16_d128")
+    call = ["inspect", "--backend", "ck", "--arch", "gfx942", "--kernel", ",".join(names), "--model"]
+    assert cli.main([*call, "--format", "json"]) == 0
+    rows = {row["kernel"]: row for row in json.loads(capsys.readouterr().out)["modelled"]}
+    others = ("triton forward", "triton backward_dq", "triton backward_dkdv", "triton cache")
+    assert set(rows) == {
+        *names,
+        *(f"{other} for {name}" for other, name in zip(others, (names[0], *[names[1]] * 2, names[2]), strict=True)),
+    }
+    assert all(row["tflops"] > 0 and row["waves_per_simd"] > 0 for row in rows.values())
+    # Half of the scores are hidden from a causal call: two products of 128 for each of the others.
+    flop = {name: rows[name]["flop"] for name in names}
+    assert flop[names[0]] == 4 * 128 * (128 * 129 // 2) and flop[names[1]] == 2.5 * flop[names[0]]
+    assert flop[names[2]] == 4 * 128 * 2 * 256
+    assert cli.main(call[:-2] + [names[2], "--model"]) == 0
+    out = capsys.readouterr().out
+    assert "uncalibrated" in out and f"gfx942 {names[2]}: ck " in out
     assert cli.main(["inspect", "--backend", "ck", "--arch", "gfx942", "--kernel", "combine*", "--model"]) == 2
-    assert "--model: expected without --backend ck, got both" in capsys.readouterr().err
+    assert "--model: expected an instance that a call takes, got none" in capsys.readouterr().err
