@@ -23,8 +23,11 @@ def row_layout(dims):
 
 @gluon.jit
 def copy_at(buffer, rows, exists, DIMS: gl.constexpr):
-    """A warpgroup starts the copy of DIMS numbers from each of the row starts; rows that do not exist become 0."""
-    dims = gl.arange(0, DIMS, layout=gl.SliceLayout(0, row_layout(DIMS)))
+    """A warpgroup starts the copy of DIMS numbers from each of the row starts; rows that do not exist become 0.
+
+    64 dims of a row at a time: so a thread has few rows, whose starts stay in registers.
+    """
+    dims = gl.arange(0, DIMS, layout=gl.SliceLayout(0, row_layout(64)))
     copy(buffer, rows[:, None] + dims[None, :], mask=exists[:, None])
 
 

@@ -1,14 +1,17 @@
 """Absorbed MLA over a K/V cache on Hopper, in Gluon: keys whose larger part is the values.
 
-Four warpgroups share ROWS rows (query heads of one position, mostly) of one key head:
+A program has ROWS rows (query heads of one position, mostly) of one key head, and takes two tiles of TILE_N keys at a
+time.  Two warpgroups (``_attend``) each compute the scores and the softmax of one tile, and accumulate half of the
+value dims over both tiles: 64 x 512 floats are too many for one.  So the softmax of one runs beside products of the
+other.  P of the first tile, with the running maximum so far, goes to the second warpgroup, which multiplies it with
+its half of the values while its own softmax goes on, and sends back P of its tile and the maximum of both.  P takes
+the place of its tile's rotary dims, which only the scores need.
 
-* ``_load_keys`` copies tiles of TILE_N keys into a ring of TILES buffers, row by row, so that pages may
-  have any size;
-* ``_scores`` multiplies q with two of them, and hands P and what the accumulators are multiplied with to
-* two ``_values``, each of which accumulates half of the value dims: 64 x 512 floats are too many for one.
+A third warpgroup (``_load_keys``) copies keys row by row, so that pages may have any size, each half of a tile as soon
+as the last product with the one before has ended.  The three wait for each other at barriers only.
 
-They wait for each other at barriers only, so that the matrix units work on some keys' values during the
-softmax of the next.  The arguments are those of ``cache_kernels.attn_cache_kernel``.
+That two warpgroups share scores and values evenly is the schedule of FlashMLA.  The arguments are those of
+``cache_kernels.attn_cache_kernel``.
 """
 
 from triton.experimental import gluon
@@ -23,182 +26,219 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .cache_kernels import entry_of, keys_of, part_of_program, queries_of, split_columns, visible_positions
 from .common import LN2
-from .hopper import barrier, copy_at, row_layout
+from .hopper import ROWS, barrier, copy_at, row_layout
 
-#: Rows of a program: what one warpgroup multiplies.
-ROWS = gl.constexpr(64)
+#: Keys of a tile.
+TILE_N = gl.constexpr(64)
 #: Value dims of one of the two accumulators.
 HALF_DV = gl.constexpr(256)
 #: Dims of the keys that are no values.
 ROPE_DIMS = gl.constexpr(64)
 #: Threads of the warpgroup that loads keys, each of which arrives when its copies have.
 THREADS = gl.constexpr(128)
+#: Halves of the value dims of two tiles, in the order in which they are loaded; 2 * tile + half.
+FIRST_LEFT, FIRST_RIGHT, SECOND_LEFT, SECOND_RIGHT = (gl.constexpr(part) for part in range(4))
 
 
 @gluon.jit
-def _copy_rows(
-    buffer, ptr, table_ptr, start, first_position, cols_total, stride_page, stride_row,
-    DIMS: gl.constexpr, PAGE_SIZE: gl.constexpr, TILE_N: gl.constexpr, VEC: gl.constexpr,
+def _row_starts(
+    table_ptr, cols, exists, first_position, stride_kb, stride_kn, stride_vb, stride_vn,
+    PAGE_SIZE: gl.constexpr, VEC: gl.constexpr,
 ):  # fmt: skip
-    """Start the copy of DIMS dims of keys [start, start + TILE_N); those behind the last one become 0."""
-    cols = start + gl.arange(0, TILE_N, layout=gl.SliceLayout(1, row_layout(DIMS)))
-    exists = cols < cols_total
+    """Where keys begin in k and in v, in elements."""
     if PAGE_SIZE > 0:
         position = first_position + cols
         page = gl.load(table_ptr + position // PAGE_SIZE, mask=exists, other=0).to(gl.int64)
-        rows = (page * stride_page + (position % PAGE_SIZE).to(gl.int64) * stride_row) * VEC
-    else:
-        rows = cols.to(gl.int64) * stride_row * VEC
-    copy_at(buffer, ptr + rows, exists, DIMS)
+        slot = (position % PAGE_SIZE).to(gl.int64)
+        return (page * stride_kb + slot * stride_kn) * VEC, (page * stride_vb + slot * stride_vn) * VEC
+    return cols.to(gl.int64) * stride_kn * VEC, cols.to(gl.int64) * stride_vn * VEC
 
 
 @gluon.jit
 def _load_keys(
     left, right, rope, full, empty, k_ptr, v_ptr, table_ptr, begin, end, first_position, cols_total,
-    stride_kb, stride_kn, stride_vb, stride_vn,
-    PAGE_SIZE: gl.constexpr, TILE_N: gl.constexpr, TILES: gl.constexpr, VEC: gl.constexpr,
+    stride_kb, stride_kn, stride_vb, stride_vn, PAGE_SIZE: gl.constexpr, VEC: gl.constexpr,
 ):  # fmt: skip
-    """Fill the ring with the tiles of [begin, end), always two of a pair."""
-    for tile in range(0, 2 * gl.cdiv(end - begin, 2 * TILE_N)):
-        start = begin + tile * TILE_N
-        stage = tile % TILES
-        mbarrier.wait(empty.index(stage), ((tile // TILES) & 1) ^ 1)
-        _copy_rows(
-            rope.index(stage), k_ptr, table_ptr, start, first_position, cols_total, stride_kb, stride_kn,
-            ROPE_DIMS, PAGE_SIZE, TILE_N, VEC,
-        )  # fmt: skip
-        _copy_rows(
-            left.index(stage), v_ptr, table_ptr, start, first_position, cols_total, stride_vb, stride_vn,
-            HALF_DV, PAGE_SIZE, TILE_N, VEC,
-        )  # fmt: skip
-        _copy_rows(
-            right.index(stage), v_ptr + HALF_DV, table_ptr, start, first_position, cols_total, stride_vb, stride_vn,
-            HALF_DV, PAGE_SIZE, TILE_N, VEC,
-        )  # fmt: skip
+    """Copy the tiles of [begin, end), always two; keys behind the last one become 0."""
+    cols_in_tile = gl.arange(0, TILE_N, layout=gl.SliceLayout(1, row_layout(64)))
+    for pair in range(0, gl.cdiv(end - begin, 2 * TILE_N)):
+        first = begin + pair * (2 * TILE_N) + cols_in_tile
+        second = first + TILE_N
+        first_exists = first < cols_total
+        second_exists = second < cols_total
+        first_k, first_v = _row_starts(
+            table_ptr, first, first_exists, first_position, stride_kb, stride_kn, stride_vb, stride_vn, PAGE_SIZE, VEC
+        )
+        second_k, second_v = _row_starts(
+            table_ptr, second, second_exists, first_position, stride_kb, stride_kn, stride_vb, stride_vn, PAGE_SIZE, VEC
+        )
+        phase = (pair & 1) ^ 1
+        mbarrier.wait(empty.index(FIRST_LEFT), phase)
+        copy_at(left.index(0), v_ptr + first_v, first_exists, HALF_DV)
         # Arrives when the copies of each thread have.
-        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+        async_copy.mbarrier_arrive(full.index(FIRST_LEFT), increment_count=False)
+        mbarrier.wait(empty.index(FIRST_RIGHT), phase)
+        copy_at(right.index(0), v_ptr + HALF_DV + first_v, first_exists, HALF_DV)
+        copy_at(rope.index(0), k_ptr + first_k, first_exists, ROPE_DIMS)
+        async_copy.mbarrier_arrive(full.index(FIRST_RIGHT), increment_count=False)
+        mbarrier.wait(empty.index(SECOND_LEFT), phase)
+        copy_at(left.index(1), v_ptr + second_v, second_exists, HALF_DV)
+        copy_at(rope.index(1), k_ptr + second_k, second_exists, ROPE_DIMS)
+        async_copy.mbarrier_arrive(full.index(SECOND_LEFT), increment_count=False)
+        mbarrier.wait(empty.index(SECOND_RIGHT), phase)
+        copy_at(right.index(1), v_ptr + HALF_DV + second_v, second_exists, HALF_DV)
+        async_copy.mbarrier_arrive(full.index(SECOND_RIGHT), increment_count=False)
 
 
 @gluon.jit
-def _values(
-    values, p_buffers, factors, full, empty, p_full, p_empty, out_ptrs_base, begin, end, out_row, stride_om, stride_oh,
-    packed_start, group_size, rows_left, FIRST_DIM: gl.constexpr, TILE_N: gl.constexpr, TILES: gl.constexpr,
-):  # fmt: skip
-    """Accumulate P V of the tiles over HALF_DV value dims, and store them."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    acc = gl.zeros([ROWS, HALF_DV], gl.float32, layout)
-    pair = 0
-    for _ in range(begin, end, 2 * TILE_N):
-        first = (2 * pair) % TILES
-        second = (2 * pair + 1) % TILES
-        mbarrier.wait(p_full, pair & 1)
-        factor = factors.load(row_layout)
-        if gl.min(factor, 0) < 1.0:
-            acc = acc * factor[:, None]
-        mbarrier.wait(full.index(first), (2 * pair // TILES) & 1)
-        mbarrier.wait(full.index(second), (2 * pair // TILES) & 1)
-        fence_async_shared()  # keys were written by threads
-        acc = warpgroup_mma(p_buffers.index(0), values.index(first), acc, is_async=True)
-        acc = warpgroup_mma(p_buffers.index(1), values.index(second), acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=[acc])
-        mbarrier.arrive(empty.index(first), count=1)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(second), count=1)
-        mbarrier.arrive(p_empty, count=1)
-        pair += 1
-    mbarrier.wait(p_full, pair & 1)
-    # 0 for a row that sees no key; its accumulator may hold 0 * NaN of keys that other rows see.
-    inverse = factors.load(row_layout)[:, None]
-    acc = gl.where(inverse == 0.0, 0.0, acc * inverse)
-    rows_in_tile = gl.arange(0, ROWS, layout=row_layout)
-    packed = packed_start + rows_in_tile
-    rows = (out_row + packed // group_size).to(gl.int64)
-    heads = packed % group_size
-    dims = FIRST_DIM + gl.arange(0, HALF_DV, layout=gl.SliceLayout(0, layout))
-    ptrs = out_ptrs_base + (rows * stride_om + heads * stride_oh)[:, None] + dims[None, :]
-    gl.store(ptrs, acc.to(out_ptrs_base.dtype.element_ty), mask=(rows_in_tile < rows_left)[:, None])
+def _unknown_zero(pair):
+    """0, which the compiler does not know to be the same for every pair.
+
+    It would keep the addresses of all 72 operands of the scores in registers for the whole loop, and spill them.
+    """
+    return gl.inline_asm_elementwise("and.b32 $0, $1, 0;", "=r,r", [pair], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def _scores_of(q_left, q_right, q_rope, left, right, rope, full, tile, TILE_N: gl.constexpr, TILES: gl.constexpr):
-    """Start q k^T of a tile."""
+def _scores_of(q_left, q_right, q_rope, left, right, rope, full, pair, PART: gl.constexpr):
+    """q k^T of a tile, begun when half of it is loaded."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_N, 16])
-    stage = tile % TILES
-    mbarrier.wait(full.index(stage), (tile // TILES) & 1)
-    fence_async_shared()  # keys were written by threads
+    phase = pair & 1
+    zero = _unknown_zero(pair)
+    tile = zero + PART
     s = gl.zeros([ROWS, TILE_N], gl.float32, layout)
-    s = warpgroup_mma(q_rope, rope.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
-    s = warpgroup_mma(q_left, left.index(stage).permute((1, 0)), s, is_async=True)
-    return warpgroup_mma(q_right, right.index(stage).permute((1, 0)), s, is_async=True)
+    mbarrier.wait(full.index(2 * PART), phase)
+    fence_async_shared()  # keys were written by threads
+    s = warpgroup_mma(q_left.index(zero), left.index(tile).permute((1, 0)), s, use_acc=False, is_async=True)
+    mbarrier.wait(full.index(2 * PART + 1), phase)
+    fence_async_shared()
+    s = warpgroup_mma(q_right.index(zero), right.index(tile).permute((1, 0)), s, is_async=True)
+    s = warpgroup_mma(q_rope.index(zero), rope.index(tile).permute((1, 0)), s, is_async=True)
+    return warpgroup_mma_wait(0, deps=[s])
 
 
 @gluon.jit
-def _masked(s, start, cols_in_tile, first_col, end_col):
-    """Scores s [ROWS, TILE_N] with -inf where a row does not see the key."""
-    cols = start + cols_in_tile
-    seen = (cols[None, :] >= first_col[:, None]) & (cols[None, :] < end_col[:, None])
-    return gl.where(seen, s, float("-inf"))
+def _rescaled(acc, factor):
+    """acc [ROWS, HALF_DV] times a factor for each row."""
+    return acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
 
 
 @gluon.jit
-def _scores(
-    q_left, q_right, q_rope, left, right, rope, p_buffers, factors, full, p_full, p_empty, lse_ptr,
-    begin, full_begin, full_end, end, packed_start, group_size, rows_left, shift, cols_total,
-    window_left, window_right, chunk, scale, stride_lm, stride_lh, first_lse_row,
-    TILE_N: gl.constexpr, TILES: gl.constexpr, MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr, CHUNK: gl.constexpr,
+def _finite(row_max):
+    """What is subtracted from scores: a row that has seen nothing yet keeps -inf, which would give NaN."""
+    return gl.where(row_max == float("-inf"), 0.0, row_max)
+
+
+@gluon.jit
+def _attend(
+    q_left, q_right, q_rope, left, right, rope, maxima, sums, full, empty, first_full, second_full,
+    out_ptr, lse_ptr, begin, full_begin, full_end, end, packed_start, group_size, rows_left, shift, cols_total,
+    window_left, window_right, chunk, scale, stride_lm, stride_lh, stride_om, stride_oh, first_lse_row, out_row,
+    PART: gl.constexpr, MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
-    """P of every tile, the factors of the accumulators and softmax_lse."""
+    """P of the first (PART 0) or the second tile of each pair, and the PART-th half of the result's dims."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_N, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    rows_in_tile = gl.arange(0, ROWS, layout=row_layout)
-    packed = packed_start + rows_in_tile
-    rows = packed // group_size
+    dtype: gl.constexpr = rope.dtype
+    packed = packed_start + gl.arange(0, ROWS, layout=row_layout)
     first_col, end_col = visible_positions(
-        rows, shift, cols_total, window_left, window_right, chunk, MASK_LEFT, MASK_RIGHT, CHUNK
+        packed // group_size, shift, cols_total, window_left, window_right, chunk, MASK_LEFT, MASK_RIGHT, CHUNK
     )
     cols_in_tile = gl.arange(0, TILE_N, layout=gl.SliceLayout(0, layout))
     row_max = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-    row_sums = gl.zeros([ROWS, TILE_N], gl.float32, layout)
+    row_sum = gl.zeros([ROWS], gl.float32, row_layout)
+    acc = gl.zeros([ROWS, HALF_DV], gl.float32, acc_layout)
     pair = 0
-    for start in range(begin, end, 2 * TILE_N):
-        s = _scores_of(q_left, q_right, q_rope, left, right, rope, full, 2 * pair, TILE_N, TILES)
-        t = _scores_of(q_left, q_right, q_rope, left, right, rope, full, 2 * pair + 1, TILE_N, TILES)
-        s = warpgroup_mma_wait(3, deps=[s])
+    for pair_start in range(begin, end, 2 * TILE_N):
+        phase = pair & 1
+        start = pair_start + PART * TILE_N
+        s = _scores_of(q_left, q_right, q_rope, left, right, rope, full, pair, PART)
         if start < full_begin or start + TILE_N > full_end:
-            s = _masked(s, start, cols_in_tile, first_col, end_col)
-        t = warpgroup_mma_wait(0, deps=[t])
-        if start + TILE_N < full_begin or start + 2 * TILE_N > full_end:
-            t = _masked(t, start + TILE_N, cols_in_tile, first_col, end_col)
-        new_max = gl.maximum(row_max, gl.max(gl.maximum(s, t), 1) * scale)
-        subtract = gl.where(new_max == float("-inf"), 0.0, new_max)
-        s = gl.exp2(s * scale - subtract[:, None])
-        t = gl.exp2(t * scale - subtract[:, None])
-        factor = gl.exp2(row_max - subtract)
-        mbarrier.wait(p_empty, (pair & 1) ^ 1)
-        p_buffers.index(0).store(s.to(p_buffers.dtype))
-        p_buffers.index(1).store(t.to(p_buffers.dtype))
-        factors.store(factor)
-        fence_async_shared()
-        mbarrier.arrive(p_full, count=1)
-        row_sums = row_sums * factor[:, None] + (s + t)
-        row_max = new_max
+            cols = start + cols_in_tile
+            seen = (cols[None, :] >= first_col[:, None]) & (cols[None, :] < end_col[:, None])
+            s = gl.where(seen, s, float("-inf"))
+        own_max = gl.max(s, 1) * scale
+        if PART == 0:
+            first_max = gl.maximum(row_max, own_max)
+            subtract = _finite(first_max)
+            p = gl.exp2(s * scale - subtract[:, None])
+            rope.index(0).store(p.to(dtype))
+            maxima.store(first_max)
+            fence_async_shared()
+            mbarrier.arrive(first_full, count=1)
+            factor = gl.exp2(row_max - subtract)
+            row_sum = row_sum * factor + gl.sum(p, 1)
+            acc = _rescaled(acc, factor)
+            acc = warpgroup_mma(rope.index(0), left.index(0), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index(FIRST_LEFT), count=1)
+            mbarrier.arrive(empty.index(FIRST_RIGHT), count=1)
+            mbarrier.wait(second_full, phase)
+            row_max = maxima.load(row_layout)
+            factor = gl.exp2(first_max - _finite(row_max))
+            row_sum = row_sum * factor
+            acc = _rescaled(acc, factor)
+            acc = warpgroup_mma(rope.index(1), left.index(1), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index(SECOND_LEFT), count=1)
+        else:
+            mbarrier.wait(first_full, phase)
+            first_max = maxima.load(row_layout)
+            factor = gl.exp2(row_max - _finite(first_max))
+            row_sum = row_sum * factor
+            acc = _rescaled(acc, factor)
+            acc = warpgroup_mma(rope.index(0), right.index(0), acc, is_async=True)
+            row_max = gl.maximum(first_max, own_max)
+            subtract = _finite(row_max)
+            p = gl.exp2(s * scale - subtract[:, None])
+            rope.index(1).store(p.to(dtype))
+            maxima.store(row_max)
+            fence_async_shared()
+            mbarrier.arrive(second_full, count=1)
+            factor = gl.exp2(first_max - subtract)
+            row_sum = row_sum * factor + gl.sum(p, 1)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index(FIRST_RIGHT), count=1)
+            acc = _rescaled(acc, factor)
+            acc = warpgroup_mma(rope.index(1), right.index(1), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index(SECOND_RIGHT), count=1)
+            mbarrier.arrive(empty.index(SECOND_LEFT), count=1)
         pair += 1
-    row_sum = gl.sum(row_sums, 1)
+    # Each has summed the rows of its own tiles.
+    sums.index(PART).store(row_sum)
+    if PART == 0:
+        mbarrier.arrive(first_full, count=1)
+        mbarrier.wait(second_full, pair & 1)
+    else:
+        mbarrier.arrive(second_full, count=1)
+        mbarrier.wait(first_full, pair & 1)
+    row_sum += sums.index(1 - PART).load(row_layout)
     # As in the forward kernel: a row without a key, and one that sees nothing but NaN.
     dead = (row_max == float("-inf")) & (row_sum == 0.0)
-    mbarrier.wait(p_empty, (pair & 1) ^ 1)
-    factors.store(gl.where(dead, 0.0, 1.0 / gl.where(dead, 1.0, row_sum)))
-    mbarrier.arrive(p_full, count=1)
-    lse = gl.where(dead, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
-    ptrs = lse_ptr + (first_lse_row + rows).to(gl.int64) * stride_lm + (packed % group_size).to(gl.int64) * stride_lh
-    gl.store(ptrs, lse, mask=rows_in_tile < rows_left)
+    inverse = gl.where(dead, 0.0, 1.0 / gl.where(dead, 1.0, row_sum))
+    if PART == 0:
+        lse = gl.where(dead, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
+        rows = (first_lse_row + packed // group_size).to(gl.int64)
+        ptrs = lse_ptr + rows * stride_lm + (packed % group_size).to(gl.int64) * stride_lh
+        gl.store(ptrs, lse, mask=packed < packed_start + rows_left)
+    # 0 for a row that sees no key; its accumulator may hold 0 * NaN of keys that other rows see.
+    inverse = gl.convert_layout(inverse, gl.SliceLayout(1, acc_layout))[:, None]
+    acc = gl.where(inverse == 0.0, 0.0, acc * inverse)
+    rows_in_tile = gl.arange(0, ROWS, layout=gl.SliceLayout(1, acc_layout))
+    packed = packed_start + rows_in_tile
+    rows = (out_row + packed // group_size).to(gl.int64)
+    heads = packed % group_size
+    dims = PART * HALF_DV + gl.arange(0, HALF_DV, layout=gl.SliceLayout(0, acc_layout))
+    ptrs = out_ptr + (rows * stride_om + heads * stride_oh)[:, None] + dims[None, :]
+    gl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows_in_tile < rows_left)[:, None])
 
 
 @gluon.jit
 def _load_q(buffer, row_ptr, row_stride_m, row_stride_h, packed_start, group_size, rows_left, DIMS: gl.constexpr):
     """Start the copy of q [ROWS, DIMS]; rows that do not exist become 0."""
-    rows_in_tile = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout(DIMS)))
+    rows_in_tile = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout(64)))
     packed = packed_start + rows_in_tile
     rows = (packed // group_size).to(gl.int64)
     heads = (packed % group_size).to(gl.int64)
@@ -228,7 +268,7 @@ def attn_mla_kernel(
     nheads: gl.int32, group_size: gl.int32, seqlen_q: gl.int32, seqlen_k: gl.int32, seqlen_new: gl.int32,
     capacity: gl.int32, entries: gl.int32, num_blocks: gl.int32, num_splits: gl.int32,
     scale: gl.float32, softcap_log2: gl.float32, window_left: gl.int32, window_right: gl.int32, chunk: gl.int32,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PAGE_SIZE: gl.constexpr, VEC: gl.constexpr,
+    BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, VEC: gl.constexpr,
     MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS (position, query head) rows of one key head over one split of its keys."""
@@ -270,33 +310,36 @@ def attn_mla_kernel(
     if cu_seqlens_q_ptr is None:
         out_row += batch * seqlen_q
 
-    TILE_N: gl.constexpr = BLOCK_N // 2
-    TILES: gl.constexpr = 2 * STAGES
     dtype: gl.constexpr = k_ptr.dtype.element_ty
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    p_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_left = gl.allocate_shared_memory(dtype, [ROWS, HALF_DV], tile_layout)
-    q_right = gl.allocate_shared_memory(dtype, [ROWS, HALF_DV], tile_layout)
-    q_rope = gl.allocate_shared_memory(dtype, [ROWS, ROPE_DIMS], tile_layout)
-    left = gl.allocate_shared_memory(dtype, [TILES, TILE_N, HALF_DV], tile_layout)
-    right = gl.allocate_shared_memory(dtype, [TILES, TILE_N, HALF_DV], tile_layout)
-    rope = gl.allocate_shared_memory(dtype, [TILES, TILE_N, ROPE_DIMS], tile_layout)
-    p_buffers = gl.allocate_shared_memory(dtype, [2, ROWS, TILE_N], p_layout)
-    factors = gl.allocate_shared_memory(gl.float32, [ROWS], flat)
-    full = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
-    p_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    p_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(TILES):
-        mbarrier.init(full.index(stage), count=THREADS)
-        mbarrier.init(empty.index(stage), count=2)
-    mbarrier.init(p_full, count=1)
-    mbarrier.init(p_empty, count=2)
+    # Of one, so that an index hides the addresses (_unknown_zero).
+    q_left = gl.allocate_shared_memory(dtype, [1, ROWS, HALF_DV], tile_layout)
+    q_right = gl.allocate_shared_memory(dtype, [1, ROWS, HALF_DV], tile_layout)
+    q_rope = gl.allocate_shared_memory(dtype, [1, ROWS, ROPE_DIMS], tile_layout)
+    left = gl.allocate_shared_memory(dtype, [2, TILE_N, HALF_DV], tile_layout)
+    right = gl.allocate_shared_memory(dtype, [2, TILE_N, HALF_DV], tile_layout)
+    # Then a tile's P, for there is no room beside it.
+    rope = gl.allocate_shared_memory(dtype, [2, TILE_N, ROPE_DIMS], tile_layout)
+    maxima = gl.allocate_shared_memory(gl.float32, [ROWS], flat)
+    sums = gl.allocate_shared_memory(gl.float32, [2, ROWS], flat)
+    full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    first_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    second_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for part in gl.static_range(4):
+        mbarrier.init(full.index(part), count=THREADS)
+        # FIRST_RIGHT and SECOND_LEFT come with the rotary dims, whose place P takes, and both warpgroups read P.
+        mbarrier.init(empty.index(part), count=1 if part % 3 == 0 else 2)
+    mbarrier.init(first_full, count=1)
+    mbarrier.init(second_full, count=1)
 
-    _load_q(q_left, q2_ptr, stride_q2m * VEC, stride_q2h * VEC, packed_start, group_size, rows_left, HALF_DV)
-    _load_q(q_right, q2_ptr + HALF_DV, stride_q2m * VEC, stride_q2h * VEC, packed_start, group_size, rows_left, HALF_DV)
-    _load_q(q_rope, q_ptr, stride_qm * VEC, stride_qh * VEC, packed_start, group_size, rows_left, ROPE_DIMS)
+    _load_q(q_left.index(0), q2_ptr, stride_q2m * VEC, stride_q2h * VEC, packed_start, group_size, rows_left, HALF_DV)
+    _load_q(
+        q_right.index(0), q2_ptr + HALF_DV, stride_q2m * VEC, stride_q2h * VEC, packed_start, group_size, rows_left,
+        HALF_DV,
+    )  # fmt: skip
+    _load_q(q_rope.index(0), q_ptr, stride_qm * VEC, stride_qh * VEC, packed_start, group_size, rows_left, ROPE_DIMS)
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
@@ -304,26 +347,26 @@ def attn_mla_kernel(
 
     gl.warp_specialize(
         [
-            (_scores, (
-                q_left, q_right, q_rope, left, right, rope, p_buffers, factors, full, p_full, p_empty, lse_ptr,
-                begin, full_begin, full_end, end, packed_start, group_size, rows_left, shift, cols_total,
-                window_left, window_right, chunk, scale, stride_lm, stride_lh, start_q,
-                TILE_N, TILES, MASK_LEFT, MASK_RIGHT, CHUNK,
-            )),
-            (_values, (
-                left, p_buffers, factors, full, empty, p_full, p_empty, out_ptr, begin, end, out_row, stride_om,
-                stride_oh, packed_start, group_size, rows_left, 0, TILE_N, TILES,
-            )),
-            (_values, (
-                right, p_buffers, factors, full, empty, p_full, p_empty, out_ptr, begin, end, out_row, stride_om,
-                stride_oh, packed_start, group_size, rows_left, HALF_DV, TILE_N, TILES,
-            )),
             (_load_keys, (
                 left, right, rope, full, empty, k_ptr, v_ptr, table_ptr, begin, end, first_position, cols_total,
-                stride_kb, stride_kn, stride_vb, stride_vn, PAGE_SIZE, TILE_N, TILES, VEC,
+                stride_kb, stride_kn, stride_vb, stride_vn, PAGE_SIZE, VEC,
+            )),
+            (_attend, (
+                q_left, q_right, q_rope, left, right, rope, maxima, sums, full, empty,
+                first_full, second_full, out_ptr, lse_ptr, begin, full_begin, full_end, end,
+                packed_start, group_size, rows_left, shift, cols_total, window_left, window_right, chunk, scale,
+                stride_lm, stride_lh, stride_om, stride_oh, start_q, out_row,
+                0, MASK_LEFT, MASK_RIGHT, CHUNK,
+            )),
+            (_attend, (
+                q_left, q_right, q_rope, left, right, rope, maxima, sums, full, empty,
+                first_full, second_full, out_ptr, lse_ptr, begin, full_begin, full_end, end,
+                packed_start, group_size, rows_left, shift, cols_total, window_left, window_right, chunk, scale,
+                stride_lm, stride_lh, stride_om, stride_oh, start_q, out_row,
+                1, MASK_LEFT, MASK_RIGHT, CHUNK,
             )),
         ],
         # Warps of the workers and registers of a thread: 128 floats are the accumulator's.
-        [4, 4, 4],
-        [160, 160, 56],
+        [4, 4],
+        [216, 216],
     )  # fmt: skip

@@ -174,7 +174,7 @@ _GLUON_OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_warps": (4,),
         "num_stages": (1, 2, 3, 4),
     },
-    "mla": {"BLOCK_M": (64,), "BLOCK_N": (64,), "BLOCK_K": (0,), "num_warps": (4,)},
+    "mla": {"BLOCK_M": (64,), "BLOCK_N": (128,), "BLOCK_K": (0,), "num_warps": (4,), "num_stages": (1,)},
 }
 
 
