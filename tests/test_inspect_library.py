@@ -103,7 +103,7 @@ def test_the_call_that_is_modelled_takes_the_instance(arch: str) -> None:
     for number, instance in enumerate(shipped.instances):
         problem = ck_model.problem_of(instance)
         found = [shipped.find(kernel, problem, arch) for kernel in ck_instances.kernels_of(problem)]
-        # Tiles of 16 keys are for small pages; the model's caches have none, and another instance is the first for those.
+        # Tiles of 16 keys are for small pages, which caches of the model do not have: another instance is the first.
         is_for_small_pages = instance.kernel == "splitkv" and instance.tile[1] < 64
         assert None not in found and (number in found) != is_for_small_pages, instance.name
 
