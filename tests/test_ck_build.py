@@ -86,6 +86,17 @@ def test_a_source_says_what_its_name_says(name: str) -> None:
     assert f"Status {name}(" in text
 
 
+def test_the_scheduler_of_an_entry_is_a_flag_of_its_instances(tmp_path: pathlib.Path) -> None:
+    raw = config.file_contents("gfx942")
+    (forward,) = (entry for entry in raw["ck"] if entry["kernel"] == "forward" and entry["tile"][5] == 128)
+    flags = {}
+    for scheduler in ("default", "iterative-minreg"):
+        (tmp_path / "gfx942.json").write_text(json.dumps(raw | {"ck": [forward | {"scheduler": scheduler}]}))
+        config.arch_configs.cache_clear()
+        flags[scheduler] = {unit.flags for unit in generate.units_of(["gfx942"], folder=str(tmp_path))}
+    assert flags == {"default": {()}, "iterative-minreg": {("-mllvm", "-amdgpu-sched-strategy=iterative-minreg")}}
+
+
 def test_archs_that_differ_in_a_tile_get_an_instance_each(tmp_path: pathlib.Path) -> None:
     """And those that do not share one."""
     for arch in ARCHS:
