@@ -247,11 +247,14 @@ def _add_rules(file: BuildFile, toolchain: Toolchain) -> None:
 
 def _add_instances(file: BuildFile, toolchain: Toolchain, sources: dict[Unit, pathlib.Path]) -> None:
     for unit, source in sources.items():
-        _add_device_code(file, toolchain, source, unit.instance.archs)
+        _add_device_code(file, toolchain, source, unit.instance.archs, unit.flags)
 
 
-def _add_device_code(file: BuildFile, toolchain: Toolchain, source: pathlib.Path, archs: Sequence[str]) -> None:
-    file.compile("hip", source, flags=joined(hip_flags(toolchain, archs)), archs=", ".join(archs))
+def _add_device_code(
+    file: BuildFile, toolchain: Toolchain, source: pathlib.Path, archs: Sequence[str], own_flags: Sequence[str] = ()
+) -> None:
+    flags = joined([*hip_flags(toolchain, archs), *own_flags])
+    file.compile("hip", source, flags=flags, archs=", ".join(archs))
 
 
 def build(request: BuildRequest, work: pathlib.Path, out: pathlib.Path, folder: str | None = None) -> list[Unit]:

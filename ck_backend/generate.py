@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from flash_rocm import ck_instances, config
 from flash_rocm.ck_instances import CkInstance
-from flash_rocm.config_schema import CkConfig
+from flash_rocm.config_schema import CK_SCHEDULERS, CkConfig
 
 _ELEMENTS = {"float16": "Fp16", "bfloat16": "Bf16"}
 _PIPELINES = {
@@ -47,6 +47,13 @@ class Unit:
     def name(self) -> str:
         return self.instance.name + self.suffix
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What the compiler is told beside the flags of all instances."""
+        if self.entry.scheduler == CK_SCHEDULERS[0]:
+            return ()
+        return ("-mllvm", f"-amdgpu-sched-strategy={self.entry.scheduler}")
+
 
 def units_of(archs: Sequence[str], patterns: Sequence[str] = ("*",), folder: str | None = None) -> list[Unit]:
     """What to compile, in the order in which selection tries it.
@@ -63,8 +70,7 @@ def units_of(archs: Sequence[str], patterns: Sequence[str] = ("*",), folder: str
     for arch in archs:
         for entry in config.arch_configs(arch, folder).ck:
             for instance in ck_instances.from_config(entry, arch):
-                built_how = (entry.tile, entry.warps, entry.warp_tile, entry.pipeline, entry.occupancy)
-                key = (instance.name, built_how)
+                key = (instance.name, entry.built_how)
                 if key in found:
                     archs_so_far = (*found[key].instance.archs, arch)
                     instance = dataclasses.replace(instance, archs=archs_so_far)

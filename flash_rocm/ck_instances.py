@@ -17,7 +17,7 @@ from flash_rocm.problem import AttentionProblem
 from flash_rocm.runtime import OnDemand
 
 #: Chips that the shipped configs have instances for.
-ARCHS = ("gfx90a", "gfx942")
+ARCHS = ("gfx90a", "gfx942", "gfx950")
 MANIFEST, LIBRARY = "instances.json", "_C.so"
 _SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 #: Composable Kernel addresses the rows of one sequence with a 32-bit number of bytes.
@@ -44,9 +44,12 @@ class CkInstance:
 
     @property
     def name(self) -> str:
-        """A C identifier."""
+        """A C identifier.  That of splitkv has the keys of a tile, which divide pages, where they are not 64."""
         dims = f"d{self.headdim}" if self.headdim == self.headdim_v else f"d{self.headdim}v{self.headdim_v}"
-        layout = () if self.kernel == "splitkv" else ("varlen" if "varlen" in self.variant else "dense",)
+        if self.kernel == "splitkv":
+            layout = () if self.tile[1] == 64 else (f"n{self.tile[1]}",)
+        else:
+            layout = ("varlen" if "varlen" in self.variant else "dense",)
         rest = [name for name in self.variant if name != "varlen"]
         return "_".join((self.kernel, _SHORT[self.dtype], dims, *layout, *rest))
 
@@ -298,7 +301,7 @@ def _wanted(kernel: str, problem: AttentionProblem, arch: str) -> str:
     dtype = str(problem.dtype).removeprefix("torch.")
     if dtype not in _SHORT:
         return f"{dtype} has none"
-    exact = CkInstance(kernel, dtype, problem.headdim, problem.headdim_v, variant, (arch,), (0, 0), 0)
+    exact = CkInstance(kernel, dtype, problem.headdim, problem.headdim_v, variant, (arch,), (64, 64), 0)
     pages = f" of a tile whose keys divide pages of {problem.page_size}" if problem.page_size else ""
     hint = f"build with it in the ck entries of {arch}.json"
     if configured(arch).find(kernel, problem, arch) is not None:

@@ -32,8 +32,7 @@ def base(on_demand: OnDemand) -> pathlib.Path:
 
 def place(on_demand: OnDemand, arch: str, name: str, entry: CkConfig) -> pathlib.Path:
     """The library of one instance, be it there or not."""
-    built_how = (entry.tile, entry.warps, entry.warp_tile, entry.pipeline, entry.occupancy)
-    return root(on_demand) / arch / f"{name}-{hashlib.sha256(repr(built_how).encode()).hexdigest()[:8]}"
+    return root(on_demand) / arch / f"{name}-{hashlib.sha256(repr(entry.built_how).encode()).hexdigest()[:8]}"
 
 
 @functools.cache

@@ -55,7 +55,10 @@ CK_LENGTHS = {
 }
 #: Variants that a kernel does not have.
 _CK_LACKS = {"forward": {"deterministic"}, "backward": {"softcap"}, "splitkv": {"varlen", "deterministic"}}
-CK_KEYS = ("kernel", "dtype", "tile", "warps", "warp_tile", "pipeline", "occupancy", "variants", "provenance")
+CK_REQUIRED = ("kernel", "dtype", "tile", "warps", "warp_tile", "pipeline", "occupancy", "variants", "provenance")
+CK_KEYS = (*CK_REQUIRED, "scheduler")
+#: Orders of instructions that LLVM's compiler for AMD can be told to look for; the first is its own choice.
+CK_SCHEDULERS = ("default", "iterative-minreg")
 _UNLIMITED = 1 << 30
 
 
@@ -209,6 +212,7 @@ class CkConfig:
         warp_tile: of one matrix instruction in M, N, K; backward: of S, dP and dQ, of dK and dV.
         occupancy: workgroups per compute unit, 0 for CK's choice.
         variants: sets of :data:`CK_VARIANTS`, tried in this order.
+        scheduler: of :data:`CK_SCHEDULERS`; "iterative-minreg" is the order that takes the fewest registers.
     """
 
     kernel: str
@@ -221,11 +225,17 @@ class CkConfig:
     variants: tuple[tuple[str, ...], ...]
     provenance: Provenance
     source: str
+    scheduler: str = CK_SCHEDULERS[0]
 
     @property
     def headdims(self) -> tuple[int, int]:
         """The largest head dims of q and v."""
         return (self.tile[7], self.tile[8]) if self.kernel == "backward" else (self.tile[5], self.tile[3])
+
+    @property
+    def built_how(self) -> tuple[object, ...]:
+        """All that makes code of one instance differ from that of another with the same name."""
+        return self.tile, self.warps, self.warp_tile, self.pipeline, self.occupancy, self.scheduler
 
     @property
     def tile_of_scores(self) -> tuple[int, int]:
@@ -397,7 +407,7 @@ def _check_variant(where: str, kernel: str, raw: Any) -> tuple[str, ...]:
 
 
 def _check_ck_entry(where: str, source: str, raw: Any) -> CkConfig:
-    entry = check_object(where, raw, CK_KEYS, CK_KEYS)
+    entry = check_object(where, raw, CK_KEYS, CK_REQUIRED)
     kernel = _check_choice(f"{where}.kernel", entry["kernel"], CK_KERNELS)
     dtypes = _check_names(f"{where}.dtype", entry["dtype"], CK_DTYPES)
     variants = entry["variants"]
@@ -414,6 +424,7 @@ def _check_ck_entry(where: str, source: str, raw: Any) -> CkConfig:
         variants=tuple(_check_variant(f"{where}.variants[{i}]", kernel, names) for i, names in enumerate(variants)),
         provenance=check_provenance(f"{where}.provenance", entry["provenance"]),
         source=source,
+        scheduler=_check_choice(f"{where}.scheduler", entry.get("scheduler", CK_SCHEDULERS[0]), CK_SCHEDULERS),
     )
 
 

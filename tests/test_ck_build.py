@@ -57,10 +57,10 @@ def test_the_same_configs_give_the_same_bytes_and_touch_nothing(tmp_path: pathli
 def test_what_is_no_longer_asked_for_goes(tmp_path: pathlib.Path) -> None:
     generate.write(tmp_path, generate.units_of(ARCHS, ["forward_bf16_d128*"]))
     before = contents(tmp_path)
-    generate.write(tmp_path, generate.units_of(ARCHS, ["forward_bf16_d128_dense"]))
+    generate.write(tmp_path, generate.units_of(ARCHS, ["forward_bf16_d128_dense_masked"]))
     after = contents(tmp_path)
-    assert set(after) == {"forward_bf16_d128_dense.cpp", "table.cpp"} < set(before)
-    assert after["forward_bf16_d128_dense.cpp"] == before["forward_bf16_d128_dense.cpp"]
+    assert set(after) == {"forward_bf16_d128_dense_masked.cpp", "table.cpp"} < set(before)
+    assert after["forward_bf16_d128_dense_masked.cpp"] == before["forward_bf16_d128_dense_masked.cpp"]
     assert after["table.cpp"] != before["table.cpp"]
 
 
@@ -84,6 +84,17 @@ def test_a_source_says_what_its_name_says(name: str) -> None:
     assert (rounded in text.partition("#include")[0]) == name.startswith("forward_fp16")
     assert ("Bf16" in text) == ("bf16" in name)
     assert f"Status {name}(" in text
+
+
+def test_the_scheduler_of_an_entry_is_a_flag_of_its_instances(tmp_path: pathlib.Path) -> None:
+    raw = config.file_contents("gfx942")
+    (forward,) = (entry for entry in raw["ck"] if entry["kernel"] == "forward" and entry["tile"][5] == 128)
+    flags = {}
+    for scheduler in ("default", "iterative-minreg"):
+        (tmp_path / "gfx942.json").write_text(json.dumps(raw | {"ck": [forward | {"scheduler": scheduler}]}))
+        config.arch_configs.cache_clear()
+        flags[scheduler] = {unit.flags for unit in generate.units_of(["gfx942"], folder=str(tmp_path))}
+    assert flags == {"default": {()}, "iterative-minreg": {("-mllvm", "-amdgpu-sched-strategy=iterative-minreg")}}
 
 
 def test_archs_that_differ_in_a_tile_get_an_instance_each(tmp_path: pathlib.Path) -> None:
@@ -385,7 +396,7 @@ def test_a_library_is_found_by_its_cache_folder(tmp_path: pathlib.Path, monkeypa
         ({"headdim": 200}, "no instance of the library runs the forward: expected forward_bf16_d200_dense or"),
         ({"needs_grad": True, "alibi": True}, "runs the backward: expected backward_bf16_d128_dense_masked_alibi"),
         ({"dtype": torch.float32}, "dtype float32 is not one of bfloat16, float16"),
-        ({"cached": True, "page_size": 16}, "splitkv_bf16_d128 of a tile whose keys divide pages of 16 or one"),
+        ({"cached": True, "page_size": 24}, "splitkv_bf16_d128 of a tile whose keys divide pages of 24 or one"),
         ({"cached": True, "headdim": 80}, "no instance of the library runs the splitkv: expected splitkv_bf16_d80 or"),
         ({"cached": True, "headdim_v": 64}, "headdim_v 64 other than headdim over a K/V cache"),
         ({"cached": True, "page_size": 64, "leftpad": True}, "leftpad in pages, of which Composable Kernel reads"),
@@ -458,13 +469,17 @@ def test_the_smallest_head_dim_and_then_the_first_is_taken() -> None:
     assert taken(headdim=16) == "forward_fp16_d64_dense"
     assert taken(headdim=64) == "forward_fp16_d64_dense"
     assert taken(headdim=64, window_left=3) == "forward_fp16_d64_dense_masked"
-    assert taken(headdim=72, headdim_v=72) == "forward_fp16_d96v128_dense_masked"
+    assert taken(headdim=72, headdim_v=72) == "forward_fp16_d128_dense_masked"
     assert taken(headdim=136, headdim_v=128) == "forward_fp16_d192v128_dense_masked"
     assert taken(headdim=136, headdim_v=136) == "forward_fp16_d256_dense_masked"
     assert taken("splitkv", headdim=64, cached=True) == "splitkv_fp16_d64"
     assert taken("splitkv", headdim=64, cached=True, seqlen_q=1, window_right=0, varlen=True) == "splitkv_fp16_d64"
     assert taken("splitkv", headdim=64, cached=True, seqlen_q=2, window_right=0) == "splitkv_fp16_d64_masked"
+    for page_size, name in ((0, "d128"), (128, "d128"), (16, "d128_n16"), (48, "d128_n16")):
+        pages: dict[str, Any] = {"headdim": 128, "cached": True, "page_size": page_size}
+        assert taken("splitkv", torch.bfloat16, **pages) == f"splitkv_bf16_{name}"
     decode: dict[str, Any] = {"headdim": 128, "cached": True, "seqlen_q": 1, "alibi": True}
     assert taken("splitkv", torch.bfloat16, **decode) == "splitkv_bf16_d128_masked_alibi"
     assert taken("backward", headdim=64) == "backward_fp16_d64_dense_masked"
+    assert taken("backward", headdim=192, headdim_v=128) == "backward_fp16_d256_dense_masked"
     assert taken("backward", headdim=64, deterministic=True) == "backward_fp16_d128_dense_masked_deterministic"

@@ -165,6 +165,18 @@ def test_an_empty_cache() -> None:
     assert torch.equal(out, torch.zeros_like(q)) and torch.equal(lse, torch.full((2, 4, 1), float("-inf")))
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("page_size", [16, 48])
+def test_pages_of_fewer_keys_than_a_tile_of_64(arch: str, page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken by the instance whose tiles have 16 keys, against the oracle; divided by the chip."""
+    monkeypatch.setenv("FLASH_ROCM_VIRTUAL_GPU", arch)
+    problem, case = case_of(page_size=page_size, seqlen_new=3, rotary_dim=64)
+    library = library_of_tests()
+    number = library.find("splitkv", problem, arch)
+    assert number is not None and library.instances[number].name == "splitkv_bf16_d128_n16"
+    check(problem, case)
+
+
 def test_functions_of_v3_and_varlen_over_pages() -> None:
     """The same bits from each of them, and explain names the instance."""
     problem, case = case_of(page_size=64)

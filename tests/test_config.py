@@ -106,7 +106,7 @@ def test_schema_json_documents_what_is_checked() -> None:
         "match": (match, config_schema.MATCH_KEYS, set()),
         "limits": (limits, config_schema.LIMITS, set()),
         "provenance": (provenance, config_schema.PROVENANCE_KEYS, {"how"}),
-        "ck": (ck, config_schema.CK_KEYS, set(config_schema.CK_KEYS)),
+        "ck": (ck, config_schema.CK_KEYS, set(config_schema.CK_REQUIRED)),
     }
     for name, (documented, keys, required) in objects.items():
         assert set(documented["properties"]) == set(keys), name
@@ -137,6 +137,7 @@ def test_schema_json_documents_what_is_checked() -> None:
         config_schema.CK_KERNELS: ck["properties"]["kernel"],
         config_schema.CK_DTYPES: ck["properties"]["dtype"]["items"],
         config_schema.CK_VARIANTS: ck["properties"]["variants"]["items"]["items"],
+        config_schema.CK_SCHEDULERS: ck["properties"]["scheduler"],
         tuple(dict.fromkeys(itertools.chain(*config_schema.CK_PIPELINES.values()))): ck["properties"]["pipeline"],
     }
     for kernel, rule in zip(config_schema.CK_KERNELS, ck["allOf"], strict=True):
@@ -205,8 +206,9 @@ def test_a_folder_replaces_files_one_by_one(tmp_path: pathlib.Path) -> None:
 
 
 def test_ck_section(tmp_path: pathlib.Path) -> None:
-    source = write(tmp_path, ck=[CK_ENTRY, CK_BACKWARD])
+    source = write(tmp_path, ck=[CK_ENTRY | {"scheduler": "iterative-minreg"}, CK_BACKWARD])
     forward, backward = config.arch_configs("gfx942", source.folder).ck
+    assert (forward.scheduler, backward.scheduler) == ("iterative-minreg", "default")
     assert (forward.tile, forward.pipeline, forward.occupancy) == ((128, 128, 32, 128, 32, 128), "qr_async", 2)
     assert (forward.dtypes, forward.variants) == (("bfloat16",), ((), ("varlen", "masked")))
     assert (forward.headdims, backward.headdims) == ((128, 128), (64, 32))

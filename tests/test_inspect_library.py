@@ -87,8 +87,8 @@ def test_every_instance_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
         case, resources = report["case"], report["resources"]
         assert 0 < resources["vgprs"] <= 512 and 0 < resources["lds_bytes"] <= 65536 and report["waves_per_simd"]
         assert f"_d{case['headdim']}" in case["kernel"] and f"_{case['dtype']}_" in case["kernel"]
-    spilled = {report["case"]["kernel"]: report["resources"]["vgpr_spills"] for report in reports}
-    assert spilled["forward_fp16_d64_dense"] == 0 < spilled["forward_bf16_d128_dense_masked"]
+    # Loads in inline assembly, which the compiler cannot wait for, would reach a spilled register too late.
+    assert all(report["resources"]["vgpr_spills"] == 0 == report["loop_scratch"] for report in reports)
     one = inspect("--arch", "gfx942", "--kernel", "combine_kernel*")
     assert one and all(report["case"]["kernel"].startswith("combine_kernel<") for report in one)
     only = inspect("--arch", "gfx942", "--dtype", "fp16", "--headdim", "64", "--kernel", "forward*")
@@ -103,7 +103,9 @@ def test_the_call_that_is_modelled_takes_the_instance(arch: str) -> None:
     for number, instance in enumerate(shipped.instances):
         problem = ck_model.problem_of(instance)
         found = [shipped.find(kernel, problem, arch) for kernel in ck_instances.kernels_of(problem)]
-        assert number in found and None not in found, instance.name
+        # Tiles of 16 keys are for small pages, which caches of the model do not have: another instance is the first.
+        is_for_small_pages = instance.kernel == "splitkv" and instance.tile[1] < 64
+        assert None not in found and (number in found) != is_for_small_pages, instance.name
 
 
 @pytest.mark.ck

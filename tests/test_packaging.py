@@ -124,7 +124,7 @@ def test_a_wheel_with_the_compiled_library(tmp_path: pathlib.Path) -> None:
         listed = json.loads(archive.read("flash_rocm/_ck/instances.json"))
     assert {f"flash_rocm/_ck/{name}" for name in ("_C.so", "_hip_stand_in.so", "backend.py", "csrc/core.cpp")} <= names
     assert not {name for name in names if name.endswith((".o", ".ninja")) or "/generated/" in name}
-    assert listed["archs"] == ["gfx90a", "gfx942"] and len(listed["instances"]) == 16
+    assert listed["archs"] == ["gfx90a", "gfx942"] and len(listed["instances"]) == 17
     assert {instance["headdim"] for instance in listed["instances"]} == {128}
     installed = tmp_path / "installed"
     with zipfile.ZipFile(path) as archive:
