@@ -397,6 +397,9 @@ class Planner(Protocol):
     def is_built_plain(self, kernel: str, problem: AttentionProblem) -> bool:
         """Return whether a kernel that is compiled without tensors is for plain ones, see ``Facts`` of the configs."""
 
+    def kernels_of(self, problem: AttentionProblem) -> tuple[str, ...]:
+        """Return the names of the kernels that a call launches and that have configs."""
+
     def tune_key(self, kernel: str, problem: AttentionProblem, arch: Arch) -> TuneKey:
         """Return where a tuned entry for a kernel of this problem is kept."""
 

@@ -1,6 +1,7 @@
 """Tuned kernel configs, kept between runs: one small file for each key.  A leaf.
 
-``<cache>/tuning/v<schema>-triton-<version>/<arch>/<kernel>-<dtype>-d<D>-<mask>-s<S>-gqa<G>-<dense|varlen>.json``::
+``<cache>/tuning/v<schema>-triton-<version>/<arch>/<kernel>-<dtype>-d<D>-<mask>-s<S>-gqa<G>-<dense|varlen>.json``
+(over a K/V cache ``...-q<queries>-b<batch>-page<page size>.json``)::
 
     {"key": {"arch": "gfx942", "kernel": "forward", ...}, "options": {"BLOCK_M": 128, ...},
      "provenance": {"how": "measured", "date": "...", "compiler": "Triton 3.6.0", "note": "AMD Instinct MI300X"},
@@ -19,7 +20,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flash_rocm import config, files, runtime
@@ -39,6 +40,13 @@ from flash_rocm.config_schema import (
 SEQLENS = (128, 32768)
 #: Buckets of query heads per key head, each named by its largest; the last holds all that are larger.
 GROUPS = (1, 4, 8, 16)
+#: Of calls over a K/V cache, also of MLA, all of whose heads share one.
+CACHE_GROUPS = (*GROUPS, 128)
+#: Buckets of new queries of a sequence (one, a few guessed ones, a chunk of a prompt) and of sequences, likewise.
+QUERIES = (1, 16, 1024)
+BATCHES = (1, 8, 64)
+#: Buckets of page sizes, each named by its smallest; 0: no pages.
+PAGES = (0, 1, 16, 64, 256)
 MASKS = ("full", "causal", "window")
 _FILE_KEYS = ("key", "options", "provenance", "milliseconds")
 _TIMES = ("before", "after")
@@ -66,12 +74,44 @@ class TuneKey:
         return f"{self.kernel}-{self.dtype}-d{self.headdim}-{self.mask}-s{self.seqlen}-gqa{self.group}-{layout}"
 
 
+@dataclasses.dataclass(frozen=True)
+class CacheTuneKey(TuneKey):
+    """The same for a kernel over a K/V cache, whose length ``seqlen`` is."""
+
+    queries: int  # bucket of new queries of a sequence
+    batch: int  # bucket of sequences
+    page_size: int  # bucket
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}-q{self.queries}-b{self.batch}-page{self.page_size}"
+
+
+def _bucket(value: int, largest: Sequence[int]) -> int:
+    return next((bucket for bucket in largest if value <= bucket), largest[-1])
+
+
 def key_of(arch: str, kernel: str, facts: Facts, group_size: int) -> TuneKey:
     """The key of a call, given what config entries match on and its query heads per key head."""
+    return TuneKey(arch, kernel, facts.dtype, *_buckets(facts), _bucket(group_size, GROUPS), facts.varlen)
+
+
+def cache_key_of(arch: str, kernel: str, facts: Facts, group_size: int, queries: int, batch: int) -> CacheTuneKey:
+    """The same over a K/V cache.
+
+    Args:
+        queries: of the longest sequence.
+        batch: sequences.
+    """
+    group = _bucket(group_size, CACHE_GROUPS)
+    page_size = max(smallest for smallest in PAGES if smallest <= facts.page_size)
+    places = (_bucket(queries, QUERIES), _bucket(batch, BATCHES), page_size)
+    return CacheTuneKey(arch, kernel, facts.dtype, *_buckets(facts), group, facts.varlen, *places)
+
+
+def _buckets(facts: Facts) -> tuple[int, str, int]:
+    """Head dim, mask and bucket of the length."""
     mask = "causal" if facts.causal else "window" if facts.masked else "full"
-    seqlen = min(max(facts.seqlen, SEQLENS[0]), SEQLENS[1])
-    group = next((bucket for bucket in GROUPS if group_size <= bucket), GROUPS[-1])
-    return TuneKey(arch, kernel, facts.dtype, facts.headdim, mask, seqlen, group, facts.varlen)
+    return facts.headdim, mask, min(max(facts.seqlen, SEQLENS[0]), SEQLENS[1])
 
 
 @dataclasses.dataclass(frozen=True)

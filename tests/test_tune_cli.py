@@ -14,6 +14,7 @@ import torch
 from flash_rocm import backends, cli, config, runtime, tuned, virtual_device
 from flash_rocm.config_schema import Facts, Provenance
 from flash_rocm.runtime import arch_named
+from flash_rocm.tune import cli as tune_cli
 from flash_rocm.tune import shapes, write
 from flash_rocm.tuned import Outcome, TuneKey, TuningError
 
@@ -79,7 +80,30 @@ def test_lists_stand_for_each_of_their_values(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", shapes.PRESETS)
 def test_presets(name: str) -> None:
-    assert shapes.keys_of(shapes.read(name), ("forward",), arch_named("gfx1100"))
+    assert shapes.keys_of(shapes.read(name), ("forward", "decode"), arch_named("gfx1100"))
+
+
+def test_shapes_of_calls_over_a_cache(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "shapes.yaml"
+    path.write_text(
+        "- {headdim: 128, cache: [1000, 1024, 9000], batch: [1, 100], page_size: [0, 32], mask: causal, group: 5}\n"
+        "- {headdim: 128, cache: 4096, queries: 300, group: 8, varlen: true, page_size: 1}\n"
+        "- {headdim: 576, cache: 4096, batch: 8, page_size: 64, group: 128}\n"
+        "- {headdim: 64, seqlen: 128}\n"
+    )
+    keys = [str(key) for key in shapes.keys_of(shapes.read(str(path)), tune_cli.KERNELS, arch_named("gfx942"))]
+    decoding = [
+        f"decode-bfloat16-d128-causal-s{seqlen}-gqa8-dense-q1-b{batch}-page{page}"
+        for seqlen in (1024, 16384)
+        for batch in (1, 64)
+        for page in (0, 16)
+    ]
+    assert keys[:8] == decoding
+    assert keys[8:10] == [
+        "prefill-bfloat16-d128-full-s4096-gqa8-varlen-q1024-b1-page1",
+        "mla-bfloat16-d576-full-s4096-gqa128-dense-q1-b8-page64",
+    ]
+    assert [key.split("-")[0] for key in keys[10:]] == ["forward", "backward_dq", "backward_dkdv"]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +117,13 @@ def test_presets(name: str) -> None:
         ("- {headdim: 64}", "[0].seqlen: expected a whole number >= 1, got None"),
         ("- {headdim: 64, seqlen: [1, 0]}", "[0].seqlen: expected a whole number >= 1, got 0"),
         ("- {headdim: 1024, seqlen: 1}", "[0].headdim: expected 1 to 512, got 1024"),
+        ("- {headdim: 577, cache: 1}", "[0].headdim: expected 1 to 576, got 577"),
+        ("- {headdim: 64, cache: 0}", "[0].cache: expected a whole number >= 1, got 0"),
+        ("- {headdim: 64, cache: 1, page_size: -1}", "[0].page_size: expected a whole number >= 0, 0 for no pages"),
+        ("- {headdim: 64, cache: 1, batch: 0}", "[0].batch: expected a whole number >= 1, got 0"),
+        ("- {headdim: 64, cache: 1, queries: true}", "[0].queries: expected a whole number >= 1, got True"),
+        ("- {headdim: 64, cache: 1, seqlen: 1}", "[0].seqlen: expected one of the keys dtype, headdim, cache, queries"),
+        ("- {headdim: 64, seqlen: 1, batch: 2}", "[0].batch: expected one of the keys dtype, headdim, seqlen, mask"),
         ("- {headdim: 64, seqlen: 1, mask: left}", "[0].mask: expected one of full, causal, window, got 'left'"),
         ("- {headdim: 64, seqlen: 1, dtype: fp8}", "[0].dtype: expected one of fp16, bf16, fp32, got 'fp8'"),
         ("- {headdim: 64, seqlen: 1, varlen: 1}", "[0].varlen: expected true or false, got 1"),
@@ -142,9 +173,9 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--shapes", "slow"], "--shapes: expected a file or one of quick, training, serving, got 'slow'"),
+        (["--shapes", "slow"], "--shapes: expected a file or one of quick, training, serving, decoding, got 'slow'"),
         (["--shapes", "quick", "--arch", "gfx90a"], "--arch: expected gfx942, the GPU that is here, got 'gfx90a'"),
-        (["--shapes", "quick", "--kernel", "decode"], "--kernel: expected some of forward, backward_dq"),
+        (["--shapes", "quick", "--kernel", "probs"], "--kernel: expected some of forward, backward_dq"),
         (["--shapes", "quick", "--budget", "0"], "--budget: expected seconds >= 1, got '0'"),
         ([], "the following arguments are required: --shapes"),
     ],

@@ -136,6 +136,11 @@ def test_wrong_arguments(arguments: list[str], text: str, capsys: pytest.Capture
     assert status == 2 and not out and text in err
 
 
+def test_kernels_over_a_cache_are_not_modelled(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "--shapes", "decoding", "--model", "gfx942")
+    assert status == 2 and not out and "--model: expected shapes without a cache" in err
+
+
 def test_winners_become_a_config_file_and_are_not_taken_for_measured(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

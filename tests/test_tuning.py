@@ -104,13 +104,13 @@ def test_pruning_by_the_limits_of_the_chip(arch: str, options: dict[str, int], f
 class Fake:
     """Compiles at once and measures what it is told: seconds by num_warps."""
 
-    def __init__(self, seconds: dict[int, float | None], shared: int = 0) -> None:
-        self.seconds, self.shared = seconds, shared
+    def __init__(self, seconds: dict[int, float | None], shared: int = 0, kernel: str = "forward") -> None:
+        self.seconds, self.shared, self.kernel = seconds, shared, kernel
         self.compiled: list[dict[str, int]] = []
         self.measured: list[dict[str, int]] = []
 
     def options_of(self, source: ConfigSource | None) -> dict[str, int]:
-        return json.loads(source.kernels or "")["forward"]  # type: ignore[union-attr]
+        return json.loads(source.kernels or "")[self.kernel]  # type: ignore[union-attr]
 
     def compile_all(self, tasks: Sequence[workers.Task], jobs: int, deadline: float) -> list[workers.Result]:
         self.compiled = [self.options_of(task.source) for task in tasks]

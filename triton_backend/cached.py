@@ -9,7 +9,7 @@ import torch
 from flash_rocm import auxiliary, cache_validation, cuda_library, runtime, virtual_device
 from flash_rocm.config_schema import KernelConfig
 from flash_rocm.problem import AttentionProblem, CacheInputs, cache_layout_of, lse_shape
-from flash_rocm.runtime import Arch
+from flash_rocm.runtime import Arch, ConfigSource
 from flash_rocm.splits import choose_splits
 
 from .cache_kernels import attn_cache_kernel, attn_combine_kernel, kv_append_kernel
@@ -21,11 +21,12 @@ from .launch import (
     is_plain_call,
     lse_strides_of,
     pointers_of,
+    settle,
     slopes_stride,
     strides_of,
 )
 from .mla_hopper import attn_mla_kernel
-from .plan import MAX_TILE_D, Plan, block_d, cache_plan, is_absorbed, is_plain, workgroups_per_cu
+from .plan import MAX_TILE_D, Plan, block_d, cache_kernel, cache_plan, is_absorbed, is_plain, workgroups_per_cu
 
 ATTEND = Launcher(attn_cache_kernel, attn_mla_kernel)
 COMBINE = Launcher(attn_combine_kernel)
@@ -49,7 +50,7 @@ def _raise_reported(errors: torch.Tensor | None, inputs: CacheInputs) -> None:
         cache_validation.raise_faults(errors.tolist(), inputs)
 
 
-def _second_part(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, ...]:
+def parts_of(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, ...]:
     """q and k of the first tile of head dims, and q and k of the second; there k is v where they are one memory."""
     q, k, v = inputs.q, inputs.k, inputs.v
     if inputs.qv is not None:
@@ -67,8 +68,10 @@ def splits_of(problem: AttentionProblem, device: torch.device) -> int:
     """Into how many parts keys are divided; see :class:`flash_rocm.backends.Backend`."""
     arch = virtual_device.arch_of(device)
     # Of the tensors only their shapes are known here.
-    current = cache_plan(problem, arch, runtime.config_source(), is_absorbed(problem), is_plain(problem))
-    return num_splits_of(problem, current, arch)
+    v_is_k2, plain = is_absorbed(problem), is_plain(problem)
+    kernel = cache_kernel(problem, v_is_k2)
+    _, configs = settle(kernel, problem, device, (), runtime.config_source(), plain)
+    return num_splits_of(problem, cache_plan(problem, arch, configs, v_is_k2, plain), arch)
 
 
 def num_splits_of(problem: AttentionProblem, current: Plan, arch: Arch) -> int:
@@ -87,55 +90,78 @@ def num_splits_of(problem: AttentionProblem, current: Plan, arch: Arch) -> int:
     return choose_splits(problem.batch * problem.nheads_k * current.blocks, tiles, slots)
 
 
-class _Route:
+class Route:
     """What a call takes that follows from its problem and layout; its identity keys launches."""
 
-    __slots__ = ("plan", "num_splits")
+    __slots__ = ("plan", "num_splits", "launcher")
 
-    def __init__(self, problem: AttentionProblem, current: Plan, arch: Arch) -> None:
-        self.plan = current
+    def __init__(self, problem: AttentionProblem, current: Plan, arch: Arch, launcher: Launcher = ATTEND) -> None:
+        self.plan, self.launcher = current, launcher
         self.num_splits = num_splits_of(problem, current, arch)
 
 
-_routes: dict[tuple[Any, ...], _Route] = {}
+_routes: dict[tuple[Any, ...], Route] = {}
 _ROUTES_MAX = 4096
 
 
-def _route_of(problem: AttentionProblem, inputs: CacheInputs, v_is_k2: bool, plain: bool) -> _Route:
-    configs = runtime.config_source()
+def _route_of(
+    problem: AttentionProblem, inputs: CacheInputs, v_is_k2: bool, plain: bool, configs: ConfigSource | None
+) -> Route:
     layout, device = inputs.layout or cache_layout_of(inputs), inputs.q.device
     # The layout names the device, and a CPU may be one virtual GPU after another.
     chip = None if device.type == "cuda" else virtual_device.arch_of(device).name
     key = (problem, layout.launch, configs, v_is_k2, plain, chip)
     route = _routes.get(key)
     if route is None:
+        kernel = cache_kernel(problem, v_is_k2)
+        known_as, settled = settle(kernel, problem, device, key, configs, plain)
+        if known_as is None:
+            return _route_of(problem, inputs, v_is_k2, plain, settled)
         arch = virtual_device.arch_of(device)
-        current = cache_plan(problem, arch, configs, v_is_k2, plain)
+        current = cache_plan(problem, arch, settled, v_is_k2, plain)
         if len(_routes) >= _ROUTES_MAX:
             _routes.clear()
-        route = _routes[key] = _Route(problem, current, arch)
+        route = _routes[key] = Route(problem, current, arch)
     return route
 
 
 def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse over a K/V cache; see :class:`flash_rocm.backends.Backend`."""
+    parts = q_1, k_1, q_2, k_2 = parts_of(problem, inputs)
     q, v = inputs.q, inputs.v
-    q_1, k_1, q_2, k_2 = _second_part(problem, inputs)
     v_is_k2 = k_2 is v or (q_2 is not q and _is_same(k_2, v))
-    strided = (q_1, k_1, v, q_2)
     # Checked kernels are Triton's.
-    plain = v_is_k2 and not runtime.debug() and is_plain_call(problem, strided)
-    route = _route_of(problem, inputs, v_is_k2, plain)
-    num_splits = route.num_splits
+    plain = v_is_k2 and not runtime.debug() and is_plain_call(problem, (q_1, k_1, v, q_2))
+    route = _route_of(problem, inputs, v_is_k2, plain, runtime.config_source())
+    return attend_along(route, problem, inputs, parts)
+
+
+def route_with(source: ConfigSource, problem: AttentionProblem, device: torch.device, launcher: Launcher) -> Route:
+    """The route of a problem with the configs of a source, for tuning.
+
+    Args:
+        launcher: keeps what is compiled.
+    """
+    arch = virtual_device.arch_of(device)
+    return Route(problem, cache_plan(problem, arch, source, is_absorbed(problem)), arch, launcher)
+
+
+def attend_along(
+    route: Route, problem: AttentionProblem, inputs: CacheInputs, parts: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`attend`, whose route is known; parts: :func:`parts_of` the inputs."""
+    q, v = inputs.q, inputs.v
+    q_1, k_1, q_2, k_2 = parts
+    strided, num_splits = (q_1, k_1, v, q_2), route.num_splits
     may_skip_rows = problem.varlen or inputs.seqused_q is not None
     out = _result(q, (*q.shape[:-1], problem.headdim_v), 0.0, may_skip_rows, q.dtype)
     lse = _result(q, lse_shape(q), float("-inf"), may_skip_rows, torch.float32)
     if num_splits == 1:
         target, target_lse, lse_strides = out, lse, lse_strides_of(lse)
     else:
-        parts = (*q.shape[:-1], num_splits)
-        target = q.new_empty((*parts, problem.headdim_v), dtype=torch.float32)
-        target_lse = _result(q, parts, float("-inf"), may_skip_rows, torch.float32)
+        shape = (*q.shape[:-1], num_splits)
+        target = q.new_empty((*shape, problem.headdim_v), dtype=torch.float32)
+        target_lse = _result(q, shape, float("-inf"), may_skip_rows, torch.float32)
         lse_strides = (0 if problem.varlen else target_lse.stride(0), num_splits)
     errors = _error_buffer(inputs)
     tensors = (
@@ -146,9 +172,9 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
     )
     pointers, facts = pointers_of(tensors)
     key = (route, facts, errors is None)
-    if not ATTEND.launch_known(key, [*pointers, *lse_strides]):
+    if not route.launcher.launch_known(key, [*pointers, *lse_strides]):
         call = _attend_call(problem, inputs, route.plan, tensors, strided, lse_strides, num_splits)
-        ATTEND.launch_new(key, call)
+        route.launcher.launch_new(key, call)
     _raise_reported(errors, inputs)
     if num_splits > 1:
         _combine_parts(target, target_lse, out, lse, route)
@@ -200,7 +226,7 @@ def _attend_call(
 
 
 def _combine_parts(
-    out_partial: torch.Tensor, lse_partial: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, route: _Route
+    out_partial: torch.Tensor, lse_partial: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, route: Route
 ) -> None:
     """Combine parts (..., nheads, num_splits[, headdim_v]) of dense or varlen rows into out and softmax_lse."""
     if (launch := cuda_library.launch_of("combine", out.device)) is not None:

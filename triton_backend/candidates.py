@@ -11,6 +11,8 @@ from flash_rocm.amdgpu.chips import CHIPS, NVIDIA_SHARED
 from flash_rocm.config_schema import KernelConfig
 from flash_rocm.runtime import Arch
 
+from .plan import larger_part
+
 #: Values tried for each option, by family of chips.  kpack is left as it is: newer compilers ignore it.
 SPACES: dict[str, dict[str, tuple[int, ...]]] = {
     "cdna": {
@@ -35,6 +37,12 @@ SPACES: dict[str, dict[str, tuple[int, ...]]] = {
         "num_stages": (1, 2, 3, 4),
     },
 }
+#: Other values for decoding, which has few rows and waits for memory.
+_DECODE: dict[str, dict[str, tuple[int, ...]]] = {
+    "cdna": {"BLOCK_M": (16,), "num_warps": (1, 2, 4)},
+    "rdna": {"BLOCK_M": (16,), "num_warps": (1, 2, 4, 8)},
+    "nvidia": {"BLOCK_M": (16,), "num_warps": (1, 2, 4, 8), "num_stages": (1, 2, 3, 4, 5, 6)},
+}
 #: How many are compiled at most.
 MAX_CANDIDATES = 48
 #: Registers of one thread: CDNA has VGPRs and as many AGPRs.
@@ -48,19 +56,29 @@ def family(arch: Arch) -> str:
     return "cdna" if arch.wave_size == 64 else "rdna"
 
 
+def space_of(kernel: str, arch: Arch) -> dict[str, tuple[int, ...]]:
+    """Values tried for each option of a kernel."""
+    name = family(arch)
+    return SPACES[name] | (_DECODE[name] if kernel == "decode" else {})
+
+
 def registers_at_least(kernel: str, entry: KernelConfig, head: int, wave_size: int) -> int:
     """32-bit registers per thread that the float32 tiles of the inner loop take; addresses and operands come on top.
 
     Args:
-        head: the padded head dim.
+        head: the padded head dim, of MLA the sum of both parts.
     """
-    scores, rows, cols = entry.BLOCK_M * entry.BLOCK_N, entry.BLOCK_M * head, entry.BLOCK_N * head
+    dim_v = larger_part(head) if kernel == "mla" else head
+    scores, rows, cols = entry.BLOCK_M * entry.BLOCK_N, entry.BLOCK_M * dim_v, entry.BLOCK_N * dim_v
     # The accumulators, and the score tiles alive with them: P forward; P and dP backward.
     elements = {
         "forward": rows + scores,
         "backward_dq": rows + 2 * scores,
         "backward_dkdv": 2 * cols + 2 * scores,
         "probs": scores,
+        "decode": rows + scores,
+        "prefill": rows + scores,
+        "mla": rows + scores,
     }[kernel]
     return elements // (entry.num_warps * wave_size)
 
@@ -72,7 +90,8 @@ def lds_at_least(kernel: str, entry: KernelConfig, head: int, itemsize: int, fam
     if family_name != "nvidia" or entry.num_stages == 1:
         # On AMD a stage may live in registers.
         return 0 if family_name == "rdna" else streamed * row_bytes
-    tiles = 1 if kernel == "probs" else 2
+    # "mla" reads one tile for both.
+    tiles = 1 if kernel in ("probs", "mla") else 2
     return (entry.num_stages - 1) * tiles * streamed * row_bytes
 
 
@@ -99,7 +118,7 @@ def candidates(kernel: str, default: KernelConfig, arch: Arch, head: int, itemsi
         head: the padded head dim.
         itemsize: bytes of an element of q.
     """
-    space = SPACES[family(arch)]
+    space = space_of(kernel, arch)
 
     def distance(entry: KernelConfig) -> float:
         steps = (abs(math.log2(getattr(entry, n) or 0.5) - math.log2(getattr(default, n) or 0.5)) for n in space)

@@ -23,7 +23,7 @@ from .cached import ATTEND, num_splits_of
 from .compile import Pointer, source_for, target_of
 from .descriptors import Tile
 from .launch import KERNELS
-from .plan import MAX_TILE_D, cache_kernel, cache_plan, is_built_plain, plan
+from .plan import cache_kernel, cache_plan, is_absorbed, is_built_plain, plan
 
 #: Pointers whose type is not that of q.
 _POINTERS = {
@@ -85,10 +85,10 @@ def _cache_source(
 ) -> tuple[ASTSource, dict[str, Any]]:
     """:func:`source_of` for the attention kernel over a K/V cache.
 
-    The lengths of the cache are given by sequence, or for varlen cumulated as those of q are.  Above MAX_TILE_D the
-    values are the first dims of the keys, as in MLA.
+    The lengths of the cache are given by sequence, or for varlen cumulated as those of q are.  Where the values can
+    be dims of the keys, as in MLA, they are.
     """
-    v_is_k2 = problem.headdim > MAX_TILE_D
+    v_is_k2 = is_absorbed(problem)
     if kernel != cache_kernel(problem, v_is_k2):
         raise ValueError(
             f"kernel: expected {cache_kernel(problem, v_is_k2)!r} for {problem.describe()}, got {kernel!r}"

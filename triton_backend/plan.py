@@ -39,6 +39,11 @@ def score_dims(problem: AttentionProblem) -> tuple[int, int]:
     return problem.headdim, 0
 
 
+def larger_part(headdim: int) -> int:
+    """Of a sum of two padded head dims, as :class:`Facts` have it for MLA; the values have the larger one."""
+    return 1 << ((headdim - 1).bit_length() - 1)
+
+
 def is_masked(problem: AttentionProblem) -> bool:
     """Whether a causal or window mask applies (ragged ends do not count)."""
     return problem.window_left >= 0 or problem.window_right >= 0
@@ -73,15 +78,17 @@ def kernel_config(
         shipped = config.lookup(arch.name, kernel, facts_of(problem, plain), source)
         if shipped.implementation != "triton":
             return shipped  # tuned entries are of the Triton kernels
-    # Kernels over a K/V cache are not tuned.
-    folder = source.tuned if source and not problem.cached else None
+    folder = source.tuned if source else None
     found = tuned.find(folder, tune_key(kernel, problem, arch)) if folder else None
     return config.lookup(arch.name, kernel, facts_of(problem, plain), source, found)
 
 
 def tune_key(kernel: str, problem: AttentionProblem, arch: Arch) -> TuneKey:
     """Where a tuned entry for one kernel of this problem is kept."""
-    return tuned.key_of(arch.name, kernel, facts_of(problem), problem.group_size)
+    facts, group = facts_of(problem), problem.group_size
+    if problem.cached:
+        return tuned.cache_key_of(arch.name, kernel, facts, group, problem.seqlen_q, problem.batch)
+    return tuned.key_of(arch.name, kernel, facts, group)
 
 
 def kernels_of(problem: AttentionProblem) -> tuple[str, ...]:

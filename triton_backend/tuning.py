@@ -25,9 +25,9 @@ from flash_rocm.amdgpu.chips import CHIPS, NVIDIA_SHARED
 from flash_rocm.config_schema import KernelConfig, Provenance
 from flash_rocm.problem import AttentionProblem, default_softmax_scale
 from flash_rocm.runtime import Arch, ConfigSource
-from flash_rocm.tuned import Outcome, TuneKey, TuningError
+from flash_rocm.tuned import CacheTuneKey, Outcome, TuneKey, TuningError
 
-from . import launch, workers
+from . import cache_tuning, launch, workers
 from .candidates import candidates
 from .plan import kernel_config, tune_key
 
@@ -54,6 +54,8 @@ Compile = Callable[[Sequence[workers.Task], int, float], list[workers.Result]]
 
 def problem_of(key: TuneKey) -> AttentionProblem:
     """The call that stands for a key: self-attention of sequences as long as the bucket's largest."""
+    if isinstance(key, CacheTuneKey):
+        return cache_tuning.problem_of(key)
     window = max(1, key.seqlen // 4)
     return AttentionProblem(
         dtype=getattr(torch, key.dtype),
@@ -114,6 +116,21 @@ def execute(kernel: str, problem: AttentionProblem, source: ConfigSource) -> Non
     launch.KERNELS[kernel].launch_new(None, call)
 
 
+def _runner(kernel: str, problem: AttentionProblem, device: torch.device) -> tuple[Callable[[ConfigSource], None], int]:
+    """What launches a kernel with the configs of a source, and how often."""
+    tensors, strided, lse_strides = _tensors(kernel, problem, device)
+    # Its own: what it has loaded goes when it goes, but for the winner.
+    launcher = launch.Launcher(launch.KERNELS[kernel].kernel)
+    pointers = [None if x is None else x.data_ptr() for x in tensors]
+
+    def run(source: ConfigSource) -> None:
+        if not launcher.launch_known((source,), [*pointers, *lse_strides]):
+            call = launch.new_call(kernel, problem, source, tensors, strided, lse_strides, None)
+            launcher.launch_new((source,), call)
+
+    return run, 1
+
+
 def measure(
     device: torch.device, kernel: str, problem: AttentionProblem, sources: Sequence[ConfigSource], deadline: float
 ) -> list[float | None]:
@@ -123,16 +140,7 @@ def measure(
     what is left at the deadline has no time.
     """
     with torch.cuda.device(device):
-        tensors, strided, lse_strides = _tensors(kernel, problem, device)
-        # Its own: what it has loaded goes when it goes, but for the winner.
-        launcher = launch.Launcher(launch.KERNELS[kernel].kernel)
-        pointers = [None if x is None else x.data_ptr() for x in tensors]
-
-        def run(source: ConfigSource) -> None:
-            if not launcher.launch_known((source,), [*pointers, *lse_strides]):
-                call = launch.new_call(kernel, problem, source, tensors, strided, lse_strides, None)
-                launcher.launch_new((source,), call)
-
+        run, launches = cache_tuning.runner(problem, device) if problem.cached else _runner(kernel, problem, device)
         clock = timing.Clock(device)
         entries = [timing.Entry(str(number), functools.partial(run, source)) for number, source in enumerate(sources)]
         for entry in entries:
@@ -147,7 +155,7 @@ def measure(
             for entry in finalists:
                 entry.seconds.clear()
             timing.interleave(finalists, rounds, clock, lambda name: None)
-    return [timing.median(x.seconds) if x in finalists and x.seconds else None for x in entries]
+    return [timing.median(x.seconds) / launches if x in finalists and x.seconds else None for x in entries]
 
 
 # --------------------------------------------------------------------------------------------------

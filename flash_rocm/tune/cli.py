@@ -14,12 +14,12 @@ import torch
 from flash_rocm import backends, runtime, tuned, virtual_device
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.inspect.cli import names
-from flash_rocm.tuned import Outcome, TuneKey, TuningError
+from flash_rocm.tuned import CacheTuneKey, Outcome, TuneKey, TuningError
 
 from . import shapes
-from .write import one_for_each_rule, write
+from .write import left_out_by, one_for_each_rule, write
 
-KERNELS = ("forward", "backward_dq", "backward_dkdv")
+KERNELS = ("forward", "backward_dq", "backward_dkdv", "decode", "prefill", "mla")
 
 
 def _seconds(text: str) -> float:
@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
             if kernel not in KERNELS:
                 raise shapes.ShapesError(f"--kernel: expected some of {', '.join(KERNELS)}, got {kernel!r}")
         keys = shapes.keys_of(shapes.read(args.shapes), args.kernel, arch)
+        if args.model is not None and any(isinstance(key, CacheTuneKey) for key in keys):
+            raise shapes.ShapesError("--model: expected shapes without a cache, which it does not compare, got some")
         done, failed = _tune_all(keys, tune, str(runtime.cache_dir() / store), args.budget)
         if args.write is not None:
             _write(args.write, arch.name, done)
@@ -152,7 +154,7 @@ def _write(folder: pathlib.Path, arch: str, done: list[tuple[TuneKey, Outcome]])
     """Only what won: where the default does, the entry that is there stays."""
     chosen, left_out = one_for_each_rule([(key, outcome) for key, outcome in done if outcome.gain > 1.0])
     for key in left_out:
-        print(f"{key}: not written, config files have no rule on grouped heads; the cache has it")
+        print(f"{key}: not written, config files have no rule on {left_out_by(key)}; the cache has it")
     if not chosen:
         print("nothing written: the defaults win everywhere")
         return

@@ -4,6 +4,9 @@ A file is a list of shapes; each value may be a list of values, which stands for
 
     - {dtype: bf16, headdim: 128, seqlen: [2048, 8192], mask: causal, group: 8}
     - {dtype: [bf16, fp16], headdim: 64, seqlen: 512, varlen: true, backward: false}
+    - {headdim: 128, cache: 32768, batch: [1, 64], page_size: 16, mask: causal, group: 4}
+
+A shape with ``cache`` is of calls over a K/V cache, of so many keys.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from flash_rocm import backends
 from flash_rocm.problem import AttentionProblem, default_softmax_scale
 from flash_rocm.runtime import Arch
-from flash_rocm.tuned import GROUPS, MASKS, TuneKey
+from flash_rocm.tuned import CACHE_GROUPS, GROUPS, MASKS, TuneKey
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 PRESETS: dict[str, list[dict[str, Any]]] = {
@@ -36,6 +39,16 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
             "backward": False,
         }
     ],
+    "decoding": [
+        {
+            "headdim": 128,
+            "cache": [1024, 4096, 32768],
+            "batch": [1, 8, 64],
+            "page_size": [0, 16, 64],
+            "mask": "causal",
+            "group": 4,
+        }
+    ],
 }
 
 
@@ -48,18 +61,37 @@ def _is_size(value: Any) -> bool:
 
 
 #: Key -> default (None: it must be given), what is right, and how to say so.
-_KEYS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+_Keys = dict[str, tuple[Any, Callable[[Any], bool], str]]
+
+
+def _headdim(limit: int) -> tuple[Any, Callable[[Any], bool], str]:
+    return None, lambda value: _is_size(value) and value <= limit, f"1 to {limit}"
+
+
+_FIRST: _Keys = {
     "dtype": ("bf16", lambda value: isinstance(value, str) and value in DTYPES, f"one of {', '.join(DTYPES)}"),
-    "headdim": (
-        None,
-        lambda value: _is_size(value) and value <= backends.TRITON.max_headdim,
-        f"1 to {backends.TRITON.max_headdim}",
-    ),
-    "seqlen": (None, _is_size, "a whole number >= 1"),
+    "headdim": _headdim(backends.TRITON.max_headdim),
+}
+_SECOND: _Keys = {
     "mask": ("full", lambda value: isinstance(value, str) and value in MASKS, f"one of {', '.join(MASKS)}"),
     "group": (1, lambda value: _is_size(value) and value <= 1024, "query heads per key head, 1 to 1024"),
     "varlen": (False, lambda value: isinstance(value, bool), "true or false"),
+}
+_KEYS: _Keys = {
+    **_FIRST,
+    "seqlen": (None, _is_size, "a whole number >= 1"),
+    **_SECOND,
     "backward": (True, lambda value: isinstance(value, bool), "true or false"),
+}
+#: Of shapes with a cache.  Head dims above the others' are absorbed MLA's.
+_CACHE_KEYS: _Keys = {
+    **_FIRST,
+    "headdim": _headdim(backends.TRITON.max_headdim_cached),
+    "cache": (None, _is_size, "a whole number >= 1"),
+    "queries": (1, _is_size, "a whole number >= 1"),
+    "batch": (1, _is_size, "a whole number >= 1"),
+    "page_size": (0, lambda value: value == 0 or _is_size(value), "a whole number >= 0, 0 for no pages"),
+    **_SECOND,
 }
 
 
@@ -91,11 +123,12 @@ def _expanded(where: str, shapes: list[Any]) -> Iterable[dict[str, Any]]:
     for index, shape in enumerate(shapes):
         if not isinstance(shape, dict):
             raise ShapesError(f"{where}[{index}]: expected keys and values, got {shape!r}")
+        keys = _CACHE_KEYS if "cache" in shape else _KEYS
         for key in shape:
-            if key not in _KEYS:
-                raise ShapesError(f"{where}[{index}].{key}: expected one of the keys {', '.join(_KEYS)}")
+            if key not in keys:
+                raise ShapesError(f"{where}[{index}].{key}: expected one of the keys {', '.join(keys)}")
         columns: list[list[Any]] = []
-        for key, (default, is_right, text) in _KEYS.items():
+        for key, (default, is_right, text) in keys.items():
             value = shape.get(key, default)
             values = value if isinstance(value, list) else [value]
             for one in values:
@@ -103,31 +136,38 @@ def _expanded(where: str, shapes: list[Any]) -> Iterable[dict[str, Any]]:
                     raise ShapesError(f"{where}[{index}].{key}: expected {text}, got {one!r}")
             columns.append(values)
         for combination in itertools.product(*columns):
-            yield dict(zip(_KEYS, combination, strict=True))
+            yield dict(zip(keys, combination, strict=True))
 
 
 def keys_of(shapes: Iterable[dict[str, Any]], kernels: Iterable[str], arch: Arch) -> list[TuneKey]:
     """What to tune for some shapes, each key once: many lengths fall into one bucket."""
-    planner, found = backends.load_planner(), []
+    planner, found, wanted = backends.load_planner(), [], tuple(kernels)
     for shape in shapes:
-        seqlen, causal = shape["seqlen"], shape["mask"] == "causal"
-        group = min(shape["group"], GROUPS[-1])
-        problem = AttentionProblem(
-            dtype=DTYPES[shape["dtype"]],
-            device_type="cuda",
-            batch=1,
-            seqlen_q=seqlen,
-            seqlen_k=seqlen,
-            nheads=group,
-            nheads_k=1,
-            headdim=shape["headdim"],
-            headdim_v=shape["headdim"],
-            softmax_scale=default_softmax_scale(shape["headdim"]),
-            window_left=seqlen if shape["mask"] == "window" else -1,
-            window_right=0 if causal else seqlen if shape["mask"] == "window" else -1,
-            varlen=shape["varlen"],
-        )
-        for kernel in kernels:
-            if kernel == "forward" or shape["backward"]:
-                found.append(planner.tune_key(kernel, problem, arch))
+        problem = _problem_of(shape)
+        found += [planner.tune_key(name, problem, arch) for name in planner.kernels_of(problem) if name in wanted]
     return list(dict.fromkeys(found))
+
+
+def _problem_of(shape: dict[str, Any]) -> AttentionProblem:
+    """A call of a shape."""
+    is_cached, headdim = "cache" in shape, shape["headdim"]
+    longest = shape["cache" if is_cached else "seqlen"]
+    window = longest if shape["mask"] == "window" else -1
+    return AttentionProblem(
+        dtype=DTYPES[shape["dtype"]],
+        device_type="cuda",
+        batch=shape.get("batch", 1),
+        seqlen_q=shape.get("queries", longest),
+        seqlen_k=longest,
+        nheads=min(shape["group"], (CACHE_GROUPS if is_cached else GROUPS)[-1]),
+        nheads_k=1,
+        headdim=headdim,
+        headdim_v=min(headdim, backends.TRITON.max_headdim),  # MLA's, where that is less
+        softmax_scale=default_softmax_scale(headdim),
+        window_left=window,
+        window_right=0 if shape["mask"] == "causal" else window,
+        varlen=shape["varlen"],
+        needs_grad=shape.get("backward", False),
+        cached=is_cached,
+        page_size=shape.get("page_size", 0),
+    )
