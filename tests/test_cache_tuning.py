@@ -42,7 +42,7 @@ OUTCOME = Outcome(
 def keys(kernel: str, arch: str = "gfx942") -> list[CacheTuneKey]:
     """Every key of a kernel of one dtype; calls of other buckets take another kernel."""
     found = []
-    dims = {"decode": (64, 128, 1024), "prefill": (128, 1024), "mla": (576, 1024)}[kernel]
+    dims = {"decode": (64, 128, 576, 1024), "prefill": (128, 1024), "mla": (576, 1024)}[kernel]
     buckets = (MASKS, (128, 4096), CACHE_GROUPS, (False, True), QUERIES, BATCHES, PAGES)
     for headdim, (mask, seqlen, group, varlen, queries, batch, page) in itertools.product(
         dims, itertools.product(*buckets)
@@ -160,7 +160,7 @@ def asked(gfx942: None, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path)
 
 def route(problem: AttentionProblem = PROBLEM) -> cached.Route:
     """The route of a call on a GPU that is not there."""
-    inputs: Any = SimpleNamespace(layout=CacheLayout(problem), q=SimpleNamespace(device=CUDA))
+    inputs: Any = SimpleNamespace(layout=CacheLayout(problem), q=SimpleNamespace(device=CUDA, is_cuda=True))
     return cached._route_of(problem, inputs, False, False, runtime.config_source())
 
 
@@ -207,7 +207,7 @@ def test_nothing_is_tuned_unless_asked_for(asked: list[TuneKey], monkeypatch: py
 def test_the_gluon_kernel_is_not_tuned(asked: list[TuneKey], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(virtual_device, "arch_of", lambda device: arch_named("sm90"))
     problem = make_problem(**CALL | dict(nheads=16, nheads_k=1, headdim=64, headdim_v=512), qv=True)
-    inputs: Any = SimpleNamespace(layout=CacheLayout(problem), q=SimpleNamespace(device=CUDA))
+    inputs: Any = SimpleNamespace(layout=CacheLayout(problem), q=SimpleNamespace(device=CUDA, is_cuda=True))
     found = cached._route_of(problem, inputs, True, True, runtime.config_source())
     assert found.plan.implementation == "gluon" and not asked
     other = cached._route_of(problem, inputs, True, False, runtime.config_source())

@@ -13,7 +13,7 @@ from flash_rocm.tuned import CacheTuneKey
 
 from .cached import ATTEND, Route, attend_along, parts_of, route_with
 from .launch import Launcher
-from .plan import DECODE_ROWS, larger_part
+from .plan import DECODE_ROWS, MAX_TILE_D, block_d, larger_part
 
 #: Key heads of a measured call, but no more than make a cache of so many bytes, its values included.
 _HEADS_K, _CACHE_BYTES = 8, 2 << 30
@@ -29,7 +29,9 @@ def problem_of(key: CacheTuneKey) -> AttentionProblem:
     dtype, window = getattr(torch, key.dtype), max(1, key.seqlen // 4)
     queries = min(key.queries, key.seqlen)
     heads_k, is_mla = 1, key.kernel == "mla"
-    headdim = headdim_v = min(key.headdim, _MAX_HEADDIM)
+    headdim = min(key.headdim, _MAX_HEADDIM)
+    # Sums are of heads of two tiles; values of one of them could be MLA's.
+    headdim_v = headdim if key.headdim == block_d(key.headdim) else MAX_TILE_D // 2
     if is_mla:
         headdim_v = larger_part(key.headdim)
         headdim = key.headdim - headdim_v
