@@ -113,11 +113,10 @@ def _decide(kind: str, inputs: CacheInputs, scalars: tuple[Any, ...]) -> Decisio
 
 
 def _attend(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _attend_to(CacheInputs(**dict(zip(_ATTEND, args, strict=False))), args[len(_ATTEND) :])
+    return _attend_to(CacheInputs(**dict(zip(_ATTEND, args, strict=False))).with_layout(), args[len(_ATTEND) :])
 
 
 def _attend_to(inputs: CacheInputs, scalars: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = inputs.with_layout()
     decision = _decide("attend", inputs, scalars)
     if decision.is_empty:
         q = inputs.q
@@ -133,11 +132,10 @@ def _attend_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _append(*args: Any) -> None:
     tensors = dict(zip(_APPEND, args, strict=False))
-    _append_to(CacheInputs(q=tensors["k_new"], **tensors), args[len(_APPEND) :])
+    _append_to(CacheInputs(q=tensors["k_new"], **tensors).with_layout(), args[len(_APPEND) :])
 
 
 def _append_to(inputs: CacheInputs, scalars: tuple[Any, ...]) -> None:
-    inputs = inputs.with_layout()
     decision = _decide("append", inputs, scalars)
     if not decision.is_empty:
         decision.run(decision.backend.append, inputs)
@@ -147,14 +145,14 @@ def _append_fake(*args: Any) -> None:
     return None
 
 
-def _runs_directly(q: torch.Tensor) -> bool:
-    # In this order: torch.compile cannot trace what is_watched asks.
-    return not torch.compiler.is_compiling() and is_plain(q) and not is_watched(q)
+def _runs_directly(inputs: CacheInputs) -> bool:
+    # A layout says that all of them are plain and nobody traces this: torch.compile could not trace is_watched.
+    return inputs.layout is not None and not is_watched(inputs.q)
 
 
 def attention_cached(inputs: CacheInputs, scalars: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse over a K/V cache; scalars in the order of the schema."""
-    if _runs_directly(inputs.q):
+    if _runs_directly(inputs):
         return _attend_to(inputs, scalars)
     tensors = (getattr(inputs, name) for name in _ATTEND)
     return torch.ops.flash_rocm.attention_cached.default(*tensors, *scalars)
@@ -163,7 +161,7 @@ def attention_cached(inputs: CacheInputs, scalars: tuple[Any, ...]) -> tuple[tor
 def append_kv(inputs: CacheInputs, max_seqlen_new: int, rotary_interleaved: bool, backend: str) -> None:
     """Write ``k_new`` and ``v_new`` into the caches ``k`` and ``v``, in place."""
     scalars = (max_seqlen_new, rotary_interleaved, backend)
-    if _runs_directly(inputs.q):
+    if _runs_directly(inputs):
         _append_to(inputs, scalars)
     else:
         torch.ops.flash_rocm.append_kv.default(*(getattr(inputs, name) for name in _APPEND), *scalars)
@@ -213,8 +211,9 @@ def combine(
     out_partial: torch.Tensor, lse_partial: torch.Tensor, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of results over disjoint sets of keys."""
-    request = runtime.override() if torch.compiler.is_compiling() else virtual_device.request_on(out_partial.device)
-    if _runs_directly(out_partial):
+    traced = torch.compiler.is_compiling()
+    request = runtime.override() if traced else virtual_device.request_on(out_partial.device)
+    if not traced and is_plain(out_partial) and not is_watched(out_partial):
         return _combine(out_partial, lse_partial, out_dtype, request)
     return torch.ops.flash_rocm.combine_splits.default(out_partial, lse_partial, out_dtype, request)
 

@@ -89,13 +89,13 @@ _launches: dict[tuple[Any, ...], Launch | None] = {}
 
 def launch_of(kernel: str, device: torch.device) -> Launch | None:
     """How calls on a device launch a kernel of the library, None where they take Triton's."""
-    if device.type != "cuda":
-        return None
     source = runtime.config_source()
     key = (kernel, device, source)
     if key not in _launches:
-        arch = runtime.gpu_arch(device.index if device.index is not None else torch.cuda.current_device())
-        library = chosen(kernel, arch, source)
+        library = None
+        if device.type == "cuda":
+            arch = runtime.gpu_arch(device.index if device.index is not None else torch.cuda.current_device())
+            library = chosen(kernel, arch, source)
         _launches[key] = None if library is None else load(library)
     return _launches[key]
 

@@ -21,6 +21,8 @@ class Decision(NamedTuple):
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function of the back end, on the virtual GPU if the call is pinned to one."""
+        if not self.virtual:
+            return function(self.problem, *args)
         return virtual_device.run_pinned(self.virtual, function, self.problem, *args)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from flash_rocm import cache_ops, cache_validation, runtime, validation, virtual_device
-from flash_rocm.problem import CacheInputs, accumulate_dtype, are_plain, default_softmax_scale
+from flash_rocm.problem import CacheDefaults, CacheInputs, accumulate_dtype, are_plain, default_softmax_scale
 from flash_rocm.splits import MAX_SPLITS
 
 #: How the arguments of :func:`flash_attn_with_kvcache` are called.
@@ -158,38 +158,48 @@ def attend_cached(
     traced = torch.compiler.is_compiling()
     if not traced and are_plain(inputs.tensors):
         inputs = inputs.with_layout()
-    layout = inputs.layout
-    if layout is None or not layout.is_right:
-        cache_validation.check_inputs(inputs, names)
-        if layout is not None:
-            layout.is_right = True
+    defaults = _checked(inputs, names)
     cache_validation.check_caches_can_change(inputs, names)
-    q = inputs.q
-    scale = default_softmax_scale(q.shape[-1] + (inputs.v.shape[-1] if inputs.qv is not None else 0))
-    scale = scale if softmax_scale is None else float(softmax_scale)
+    scale = defaults.softmax_scale if softmax_scale is None else float(softmax_scale)
     left, right = validation.check_scalars(0.0, scale, window_size, softcap)
     num_splits = validation.check_num_splits(num_splits)
     attention_chunk = cache_validation.check_attention_chunk(attention_chunk)
     if inputs.sinks is not None:
         sinks = inputs.sinks.to(torch.float32).contiguous()
-        inputs = inputs if sinks is inputs.sinks else inputs._replace(sinks=sinks, layout=None)
-    max_seqlen_q = q.shape[1] if max_seqlen_q is None else max_seqlen_q
-    new = inputs.k_new
-    if new is None:
-        max_seqlen_new = 0
-    elif max_seqlen_new is None:
-        max_seqlen_new = new.shape[0] if inputs.cu_seqlens_k_new is not None else new.shape[1]
-    max_seqlen_k = inputs.capacity if max_seqlen_k is None else max_seqlen_k
-    request = runtime.override() if traced else virtual_device.request_on(q.device)
+        if sinks is not inputs.sinks:
+            is_known = inputs.layout is not None
+            inputs = inputs._replace(sinks=sinks, layout=None)
+            inputs = inputs.with_layout() if is_known else inputs
+    max_seqlen_q = defaults.max_seqlen_q if max_seqlen_q is None else max_seqlen_q
+    max_seqlen_k = defaults.max_seqlen_k if max_seqlen_k is None else max_seqlen_k
+    if max_seqlen_new is None or inputs.k_new is None:
+        max_seqlen_new = defaults.max_seqlen_new
+    request = runtime.override() if traced else virtual_device.request_of(inputs.q)
     if max_seqlen_new:
         cache_ops.append_kv(inputs, max_seqlen_new, bool(rotary_interleaved), request)
     scalars: tuple[Any, ...] = (
         *(max_seqlen_q, max_seqlen_k, max_seqlen_new, scale, left, 0 if causal else right, float(softcap)),
         *(attention_chunk, bool(rotary_interleaved), num_splits, request),
     )
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.tensors):
+    if torch.is_grad_enabled() and inputs.requires_grad:
         return _WithoutBackward.apply(cache_ops.attention_cached, (inputs, scalars), _NO_BACKWARD, *inputs.tensors)
     return cache_ops.attention_cached(inputs, scalars)
+
+
+def _checked(inputs: CacheInputs, names: dict[str, str]) -> CacheDefaults:
+    """Shapes, dtypes and devices of a call, looked at once for each layout."""
+    layout = inputs.layout
+    if layout is not None and layout.defaults is not None:
+        return layout.defaults
+    cache_validation.check_inputs(inputs, names)
+    q, new = inputs.q, 0
+    if inputs.k_new is not None:
+        new = inputs.k_new.shape[0 if inputs.cu_seqlens_k_new is not None else 1]
+    scale = default_softmax_scale(q.shape[-1] + (inputs.v.shape[-1] if inputs.qv is not None else 0))
+    found = CacheDefaults(q.shape[1], inputs.capacity, new, scale)
+    if layout is not None:
+        layout.defaults = found
+    return found
 
 
 class _WithoutBackward(torch.autograd.Function):

@@ -53,16 +53,25 @@ def layout_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Layout:
     return found
 
 
+class CacheDefaults(NamedTuple):
+    """What a call over a K/V cache takes from its tensors where its arguments do not say otherwise."""
+
+    max_seqlen_q: int
+    max_seqlen_k: int
+    max_seqlen_new: int
+    softmax_scale: float
+
+
 class CacheLayout:
     """Like :class:`Layout`, for all tensors of a call over a K/V cache."""
 
-    __slots__ = ("launch", "is_right")
+    __slots__ = ("launch", "defaults")
 
     def __init__(self, launch: object) -> None:
         #: An object that all layouts share which differ in nothing but numbers of sequences, queries and new tokens.
         self.launch = launch
-        #: Whether validation has found all of it right.
-        self.is_right = False
+        #: Set when validation has found all of it right.
+        self.defaults: CacheDefaults | None = None
 
 
 class AttentionInputs(NamedTuple):
@@ -125,7 +134,15 @@ class CacheInputs(NamedTuple):
 
     def with_layout(self) -> CacheInputs:
         """These tensors, all plain or None, and their layout."""
-        return CacheInputs(*self[:-1], cache_layout_of(self)) if self.layout is None else self
+        return CacheInputs._make((*self[:-1], cache_layout_of(self))) if self.layout is None else self
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of them does."""
+        for x in self[:-1]:  # noqa: SIM110 - any() takes three times as long
+            if x is not None and x.requires_grad:
+                return True
+        return False
 
     @property
     def capacity(self) -> int:

@@ -11,7 +11,7 @@ import operator
 
 import torch
 
-from flash_rocm.problem import MAX_SEQLEN, Layout, is_plain, layout_of
+from flash_rocm.problem import MAX_SEQLEN, Layout, are_plain, layout_of
 from flash_rocm.splits import MAX_SPLITS
 
 UNLIMITED = (-1, -1)
@@ -29,7 +29,7 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int, kv_d
     Returns:
         What was found right, shared if q, k and v are plain tensors: later ones like them are not looked at.
     """
-    if is_plain(q) and is_plain(k) and is_plain(v) and not torch.compiler.is_compiling():
+    if are_plain((q, k, v)) and not torch.compiler.is_compiling():
         layout = layout_of(q, k, v)
         if layout.ranks == (dims, kv_dims):
             return layout
@@ -162,6 +162,8 @@ def check_sink(learnable_sink: torch.Tensor, q: torch.Tensor) -> None:
 
 def check_num_splits(num_splits: int) -> int:
     """A number of splits, 0 for the back end's choice."""
+    if type(num_splits) is int and 0 <= num_splits <= MAX_SPLITS:
+        return num_splits
     is_flag, num_splits = isinstance(num_splits, bool), _whole_number("num_splits", num_splits)
     if is_flag or not 0 <= num_splits <= MAX_SPLITS:
         raise invalid("num_splits", f"an int in [0, {MAX_SPLITS}]", num_splits, "0 leaves the choice to the library.")

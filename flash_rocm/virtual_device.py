@@ -125,6 +125,11 @@ def request_on(device: torch.device) -> str:
     return runtime.requested_backend()
 
 
+def request_of(x: torch.Tensor) -> str:
+    """:func:`request_on` the device of a tensor, in less time: to ask a device for its type makes a text."""
+    return request_on(x.device) if x.is_cpu else runtime.requested_backend()
+
+
 def arch_of(device: torch.device) -> Arch:
     """The architecture of a device; "cuda" devices are AMD GPUs on a ROCm build of torch.
 

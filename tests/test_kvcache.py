@@ -432,3 +432,11 @@ def test_paged_varlen_has_no_backward(device: str) -> None:
     with pytest.raises(NotImplementedError) as error:
         out.sum().backward()
     assert str(error.value) == HINT
+
+
+def test_one_tensor_can_be_keys_and_values(device: str) -> None:
+    """Nothing of it is counted twice: only MLA's keys have a part that is the values."""
+    q, cache = random(device, BATCH, 1, HEADS, DIM, seed=1), random(device, BATCH, CAPACITY, HEADS_K, DIM, seed=2)
+    expected = flash_rocm.flash_attn_with_kvcache(q, cache, cache.clone(), return_softmax_lse=True)
+    found = flash_rocm.flash_attn_with_kvcache(q, cache, cache, return_softmax_lse=True)
+    assert same(found, expected)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from flash_rocm import auxiliary, cache_validation, cuda_library, runtime, virtual_device
 from flash_rocm.config_schema import KernelConfig
-from flash_rocm.problem import AttentionProblem, CacheInputs, cache_layout_of, lse_shape
+from flash_rocm.problem import AttentionProblem, CacheInputs, cache_layout_of
 from flash_rocm.runtime import Arch, ConfigSource
 from flash_rocm.splits import choose_splits
 
@@ -19,7 +19,6 @@ from .launch import (
     Tensors,
     divisor_of_strides,
     is_plain_call,
-    lse_strides_of,
     pointers_of,
     settle,
     slopes_stride,
@@ -90,14 +89,37 @@ def num_splits_of(problem: AttentionProblem, current: Plan, arch: Arch) -> int:
     return choose_splits(problem.batch * problem.nheads_k * current.blocks, tiles, slots)
 
 
+class _Shapes(NamedTuple):
+    """Of what a call writes."""
+
+    out: tuple[int, ...]
+    lse: tuple[int, ...]
+    parts: tuple[int, ...]  # out and softmax_lse of splits
+    parts_lse: tuple[int, ...]
+    lse_strides: tuple[int, int]  # (batch, head) of softmax_lse
+
+    @classmethod
+    def of(cls, rows: tuple[int, ...], headdim_v: int, num_splits: int) -> _Shapes:
+        """rows: (batch, seqlen_q, nheads), or of varlen (total_q, nheads)."""
+        *batch, length, nheads = rows
+        parts = (*rows, num_splits)
+        lse_strides = (nheads * length if batch else 0, length)
+        return cls((*rows, headdim_v), (*batch, nheads, length), (*parts, headdim_v), parts, lse_strides)
+
+
 class Route:
     """What a call takes that follows from its problem and layout; its identity keys launches."""
 
-    __slots__ = ("plan", "num_splits", "launcher")
+    __slots__ = ("plan", "num_splits", "launcher", "dense")
 
     def __init__(self, problem: AttentionProblem, current: Plan, arch: Arch, launcher: Launcher = ATTEND) -> None:
         self.plan, self.launcher = current, launcher
         self.num_splits = num_splits_of(problem, current, arch)
+        #: Those of varlen calls depend on the total of the lengths.
+        self.dense: _Shapes | None = None
+        if not problem.varlen:
+            rows = (problem.batch, problem.seqlen_q, problem.nheads)
+            self.dense = _Shapes.of(rows, problem.headdim_v, self.num_splits)
 
 
 _routes: dict[tuple[Any, ...], Route] = {}
@@ -107,17 +129,17 @@ _ROUTES_MAX = 4096
 def _route_of(
     problem: AttentionProblem, inputs: CacheInputs, v_is_k2: bool, plain: bool, configs: ConfigSource | None
 ) -> Route:
-    layout, device = inputs.layout or cache_layout_of(inputs), inputs.q.device
+    layout, q = inputs.layout or cache_layout_of(inputs), inputs.q
     # The layout names the device, and a CPU may be one virtual GPU after another.
-    chip = None if device.type == "cuda" else virtual_device.arch_of(device).name
+    chip = None if q.is_cuda else virtual_device.arch_of(q.device).name
     key = (problem, layout.launch, configs, v_is_k2, plain, chip)
     route = _routes.get(key)
     if route is None:
         kernel = cache_kernel(problem, v_is_k2)
-        known_as, settled = settle(kernel, problem, device, key, configs, plain)
+        known_as, settled = settle(kernel, problem, q.device, key, configs, plain)
         if known_as is None:
             return _route_of(problem, inputs, v_is_k2, plain, settled)
-        arch = virtual_device.arch_of(device)
+        arch = virtual_device.arch_of(q.device)
         current = cache_plan(problem, arch, settled, v_is_k2, plain)
         if len(_routes) >= _ROUTES_MAX:
             _routes.clear()
@@ -128,10 +150,12 @@ def _route_of(
 def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse over a K/V cache; see :class:`flash_rocm.backends.Backend`."""
     parts = q_1, k_1, q_2, k_2 = parts_of(problem, inputs)
-    q, v = inputs.q, inputs.v
-    v_is_k2 = k_2 is v or (q_2 is not q and _is_same(k_2, v))
-    # Checked kernels are Triton's.
-    plain = v_is_k2 and not runtime.debug() and is_plain_call(problem, (q_1, k_1, v, q_2))
+    v_is_k2 = plain = False
+    if q_2 is not q_1:
+        v = inputs.v
+        v_is_k2 = k_2 is v or _is_same(k_2, v)
+        # Checked kernels are Triton's.
+        plain = v_is_k2 and not runtime.debug() and is_plain_call(problem, (q_1, k_1, v, q_2))
     route = _route_of(problem, inputs, v_is_k2, plain, runtime.config_source())
     return attend_along(route, problem, inputs, parts)
 
@@ -150,18 +174,24 @@ def attend_along(
     route: Route, problem: AttentionProblem, inputs: CacheInputs, parts: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`attend`, whose route is known; parts: :func:`parts_of` the inputs."""
-    q, v = inputs.q, inputs.v
+    q, v, num_splits = inputs.q, inputs.v, route.num_splits
     q_1, k_1, q_2, k_2 = parts
-    strided, num_splits = (q_1, k_1, v, q_2), route.num_splits
+    shapes = route.dense or _Shapes.of(q.shape[:-1], problem.headdim_v, num_splits)
+    # Kernels write every row that a sequence owns; others keep what is filled in.
     may_skip_rows = problem.varlen or inputs.seqused_q is not None
-    out = _result(q, (*q.shape[:-1], problem.headdim_v), 0.0, may_skip_rows, q.dtype)
-    lse = _result(q, lse_shape(q), float("-inf"), may_skip_rows, torch.float32)
-    if num_splits == 1:
-        target, target_lse, lse_strides = out, lse, lse_strides_of(lse)
+    if may_skip_rows:
+        out, lse = q.new_zeros(shapes.out), q.new_full(shapes.lse, float("-inf"), dtype=torch.float32)
     else:
-        shape = (*q.shape[:-1], num_splits)
-        target = q.new_empty((*shape, problem.headdim_v), dtype=torch.float32)
-        target_lse = _result(q, shape, float("-inf"), may_skip_rows, torch.float32)
+        # empty_like where it gives the same: half the host time of a shape in Python.
+        is_like_q = problem.headdim == problem.headdim_v and q.is_contiguous()
+        out = torch.empty_like(q) if is_like_q else q.new_empty(shapes.out)
+        lse = q.new_empty(shapes.lse, dtype=torch.float32)
+    target, target_lse, lse_strides = out, lse, shapes.lse_strides
+    if num_splits > 1:
+        target = q.new_empty(shapes.parts, dtype=torch.float32)
+        target_lse = q.new_empty(shapes.parts_lse, dtype=torch.float32)
+        if may_skip_rows:
+            target_lse.fill_(float("-inf"))
         lse_strides = (0 if problem.varlen else target_lse.stride(0), num_splits)
     errors = _error_buffer(inputs)
     tensors = (
@@ -173,11 +203,11 @@ def attend_along(
     pointers, facts = pointers_of(tensors)
     key = (route, facts, errors is None)
     if not route.launcher.launch_known(key, [*pointers, *lse_strides]):
-        call = _attend_call(problem, inputs, route.plan, tensors, strided, lse_strides, num_splits)
+        call = _attend_call(problem, inputs, route.plan, tensors, (q_1, k_1, v, q_2), lse_strides, num_splits)
         route.launcher.launch_new(key, call)
     _raise_reported(errors, inputs)
     if num_splits > 1:
-        _combine_parts(target, target_lse, out, lse, route)
+        _combine_parts(target, target_lse, out, lse, shapes.lse_strides)
     return out, lse
 
 
@@ -185,13 +215,6 @@ def _table_facts(inputs: CacheInputs) -> tuple[int, int]:
     """Row stride and rows of the rotary tables."""
     cos = inputs.rotary_cos
     return (0, 0) if cos is None else (cos.stride(0), cos.shape[0])
-
-
-def _result(
-    q: torch.Tensor, shape: tuple[int, ...], fill: float, may_skip_rows: bool, dtype: torch.dtype
-) -> torch.Tensor:
-    """Kernels write every row that a sequence owns; others keep what is filled in."""
-    return q.new_full(shape, fill, dtype=dtype) if may_skip_rows else q.new_empty(shape, dtype=dtype)
 
 
 def _attend_call(
@@ -226,24 +249,32 @@ def _attend_call(
 
 
 def _combine_parts(
-    out_partial: torch.Tensor, lse_partial: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, route: Route
+    out_partial: torch.Tensor,
+    lse_partial: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    lse_strides: tuple[int, int],
 ) -> None:
     """Combine parts (..., nheads, num_splits[, headdim_v]) of dense or varlen rows into out and softmax_lse."""
     if (launch := cuda_library.launch_of("combine", out.device)) is not None:
         auxiliary.combine_parts(launch, out_partial, lse_partial, out, lse)
         return
+    tensors = (out_partial, lse_partial, out, lse)
+    pointers, facts = pointers_of(tensors)
+    key = (out_partial.shape, out.dtype, out.device, facts)
+    if COMBINE.launch_known(key, [*pointers, *lse_strides]):
+        return
     *_, rows, nheads, num_splits = lse_partial.shape
     dim_v, varlen = out.shape[-1], out.dim() == 3
     head, row = num_splits, nheads * num_splits  # both are contiguous, and softmax_lse's dims are in another order
-    _launch_combine(
-        (out_partial, lse_partial, out, lse),
-        (*lse_strides_of(lse), 1),
+    call = _combine_call(
+        tensors,
+        (*lse_strides, 1),
         (0 if varlen else rows * row * dim_v, row * dim_v, head * dim_v, dim_v),
         (0 if varlen else rows * row, row, head, 1),
-        rows,
         num_splits,
-        (route, rows),
     )
+    COMBINE.launch_new(key, call)
 
 
 def combine(
@@ -256,46 +287,40 @@ def combine(
         out_partial = out_partial.contiguous()
     out = out_partial.new_empty(out_partial.shape[1:], dtype=out_dtype)
     lse = lse_partial.new_empty(lse_partial.shape[1:])
+    tensors = (out_partial, lse_partial, out, lse)
+    pointers, facts = pointers_of(tensors)
     varlen = out.dim() == 3
-    (split, *part), (lse_split, *lse_part) = out_partial.stride(), lse_partial.stride()
-    shape, kinds = out_partial.shape, (out_partial.dtype, out_dtype, out.device)
-    _launch_combine(
-        (out_partial, lse_partial, out, lse),
-        (0 if varlen else lse.stride(0), lse.stride(-1), lse.stride(-2)),
-        (0 if varlen else part[0], part[-3], part[-2], split),
-        (0 if varlen else lse_part[0], lse_part[-2], lse_part[-1], lse_split),
-        out.shape[-3],
-        out_partial.shape[0],
-        (shape, out_partial.stride(), lse_partial.stride(), kinds),
-    )
+    lse_strides = (0 if varlen else lse.stride(0), lse.stride(-1))
+    strides = (out_partial.stride(), lse_partial.stride())
+    key = (out_partial.shape, strides, out_partial.dtype, out_dtype, out.device, facts)
+    if not COMBINE.launch_known(key, [*pointers, *lse_strides]):
+        (split, *part), (lse_split, *lse_part) = strides
+        call = _combine_call(
+            tensors,
+            (*lse_strides, lse.stride(-2)),
+            (0 if varlen else part[0], part[-3], part[-2], split),
+            (0 if varlen else lse_part[0], lse_part[-2], lse_part[-1], lse_split),
+            out_partial.shape[0],
+        )
+        COMBINE.launch_new(key, call)
     return out, lse
 
 
-def _launch_combine(
+def _combine_call(
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     lse_strides: tuple[int, int, int],
     out_partial_strides: tuple[int, int, int, int],
     lse_partial_strides: tuple[int, int, int, int],
-    rows: int,
     num_splits: int,
-    layout: tuple[Any, ...],
-) -> None:
-    """Launch the combine kernel.
+) -> Call:
+    """What launching the combine kernel takes.
 
     Args:
         tensors: out_partial, lse_partial, out, softmax_lse.
         lse_strides, out_partial_strides, lse_partial_strides: of (batch, head, row), (batch, row, head, split) twice.
-        rows: of one batch.
-        layout: what all else, but the first two strides of softmax_lse, follows from.
     """
-    pointers, facts = pointers_of(tensors)
-    fresh = (lse_strides[0], lse_strides[1])
-    key = (layout, facts)
-    if COMBINE.launch_known(key, [*pointers, *fresh]):
-        return
     out = tensors[2]
-    nheads, headdim_v = out.shape[-2:]
-    programs = out.shape[:-1].numel()
+    rows, nheads, headdim_v = out.shape[-3:]
     constants = {
         "HEADDIM_V": headdim_v,
         "BLOCK_DV": block_d(headdim_v),
@@ -304,7 +329,7 @@ def _launch_combine(
     }
     scalars = (lse_strides[2], *out_partial_strides, *lse_partial_strides, rows, nheads, num_splits)
     current = _fixed_plan("combine", constants, 4 if headdim_v > 64 else 2)
-    COMBINE.launch_new(key, Call(current, programs, tensors, fresh, scalars, {}))
+    return Call(current, out.shape[:-1].numel(), tensors, lse_strides[:2], scalars, {})
 
 
 def _fixed_plan(kernel: str, constants: dict[str, Any], warps: int) -> Plan:
