@@ -82,7 +82,7 @@ def attend(
         bool(deterministic),
         needs_grad(q, k, v, sinks),
         # Eager calls pin their choice for the backward; graphs leave the environment to run time.
-        runtime.override() if traced else virtual_device.request_on(q.device),
+        runtime.override() if traced else virtual_device.request_of(q),
     )
     out, softmax_lse = ops.attention_forward(args, layout)
     if not return_attn_probs:

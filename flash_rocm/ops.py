@@ -201,17 +201,31 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
 
 
 class _Attention(torch.autograd.Function):
-    """Autograd of the direct path; the dispatched path registers the same two functions."""
+    """Autograd of the direct path; the dispatched path registers the same two functions.
+
+    Torch looks at every argument several times: of those that have no gradient it sees one tuple.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> _Forward:
-        output = _forward(*args)
+    def forward(
+        ctx: Any,
+        layout: Layout,
+        between: tuple[Any, ...],
+        scalars: tuple[Any, ...],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> _Forward:
+        args = (q, k, v, *between, sinks, *scalars)
+        output = _forward_of(layout, args)
         _setup_context(ctx, args, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        return _autograd(ctx, *gradients)
+        dq, dk, dv, *others = _autograd(ctx, *gradients)
+        return None, None, None, dq, dk, dv, others[_SINKS - 3]
 
 
 def _no_second_derivative(ctx: Any, *gradients: torch.Tensor | None) -> Any:
@@ -264,7 +278,8 @@ def attention_forward(args: tuple[Any, ...], layout: Layout) -> _Forward:
     if layout.strides is None or is_watched(args[0]):
         return torch.ops.flash_rocm.attention_forward.default(*args)
     if needs_grad:
-        return _Attention.apply(*args)
+        q, k, v, *_ = args
+        return _Attention.apply(layout, args[3:_SINKS], args[_NUM_TENSORS:], q, k, v, args[_SINKS])
     return _forward_of(layout, args)
 
 

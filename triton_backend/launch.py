@@ -67,7 +67,8 @@ class _Known:
         self, compiled: Any, index: int, programs: int, tail: tuple[Any, ...], matrices: tuple[Matrix, ...]
     ) -> None:
         self.compiled, self.index, self.programs, self.tail = compiled, index, programs, tail
-        self.matrices = matrices  # of the first arguments, which are descriptors
+        # Of the first arguments, which are descriptors.
+        self.matrices = tuple(((rows, cols), (stride, 1)) for rows, cols, stride in matrices)
         self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
         self.stream_of = triton.runtime.driver.active.get_current_stream
 
@@ -105,8 +106,8 @@ class Launcher:
         if index != _current_device():
             with torch.cuda.device(index):
                 return self.launch_known(key, fresh, totals)
-        for n, (rows, cols, stride) in enumerate(known.matrices):
-            fresh[n] = Known(fresh[n], (totals[n] if totals else rows, cols), (stride, 1))
+        for n, (shape, strides) in enumerate(known.matrices):
+            fresh[n] = Known(fresh[n], (totals[n], shape[1]) if totals else shape, strides)
         programs, tail = known.programs, known.tail
         if _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls:
             # A profiler wants to see the launch: the way that calls its hooks.
