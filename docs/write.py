@@ -79,7 +79,9 @@ _ARGUMENTS = {
     "alibi_slopes": Argument(("alibi",)),
     "deterministic": Argument(("deterministic",)),
     "return_attn_probs": Argument((), "adds softmax_lse, and with dropout_p in flash-attn 2's functions S_dmask"),
-    "block_table": Argument(("paged",), "no gradients, no dropout; `ck`: pages of multiples of 64"),
+    "block_table": Argument(
+        ("paged",), "no gradients, no dropout; `ck`: pages of multiples of 64, in bf16 at head dim 128 of 16"
+    ),
     "learnable_sink": Argument(("sinks",)),
     "qv": Argument(("qv",), "no gradients"),
     "attention_chunk": Argument(("attention_chunk",), "no gradients"),

@@ -162,11 +162,14 @@ def refusal_reasons(name: str, problem: AttentionProblem, arch: Arch, by_name: b
     """Every reason why a back end does not run this problem on this arch; empty if it does.
 
     Args:
-        by_name: it was asked for by name: then ``ck`` compiles an instance that is missing at its first use, where the
-            configs have it and this machine has a compiler.  ``auto`` lets nobody wait for that.
+        by_name: it was asked for by name: then ``ck`` runs on chips on which no test executes it, and compiles an
+            instance that is missing at its first use, where the configs have it and this machine has a compiler.
+            ``auto`` lets nobody wait for that.
     """
     reasons = availability_reasons(name, arch) + _problem_reasons(name, problem)
     if name == "ck":
+        if not by_name and arch.name in set(CK.archs) - set(ck_instances.TESTED_ARCHS):
+            reasons.append(f"the tests run none of its kernels on {arch.name}: auto leaves them to who asks by name")
         # Which instance is missing is of interest only where one could help.
         reasons += ck_instances.refusals(problem, arch.name, None if reasons else ck_instances.built())
         if reasons and by_name and _is_compilable(problem, arch):

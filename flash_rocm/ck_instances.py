@@ -18,6 +18,8 @@ from flash_rocm.runtime import OnDemand
 
 #: Chips that the shipped configs have instances for.
 ARCHS = ("gfx90a", "gfx942", "gfx950")
+#: Of these, the ones on which the tests execute them, and so ``auto`` takes them.
+TESTED_ARCHS = ("gfx90a", "gfx942")
 MANIFEST, LIBRARY = "instances.json", "_C.so"
 _SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 #: Composable Kernel addresses the rows of one sequence with a 32-bit number of bytes.

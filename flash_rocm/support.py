@@ -60,7 +60,7 @@ _USES: dict[str, dict[str, object]] = {
 
 
 #: Where a back end lacks a feature as above, the part of it that it may have.
-_PARTS: dict[str, tuple[str, dict[str, object]]] = {"paged": ("multiples of 64", {"cached": True, "page_size": 64})}
+_PARTS: dict[str, tuple[str, dict[str, object]]] = {"paged": ("of 64, some of 16", {"cached": True, "page_size": 64})}
 
 
 def problem_with(feature: str, needs_grad: bool = False) -> AttentionProblem:

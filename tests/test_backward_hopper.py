@@ -83,13 +83,20 @@ def test_explain_tells() -> None:
 
 
 @pytest.mark.parametrize(
-    "kernel,option,allowed", (("backward_dq", "BLOCK_M", "128"), ("backward_dkdv", "BLOCK_N", "128"))
+    "kernel,option,allowed,got",
+    (
+        ("backward_dq", "BLOCK_M", "128", 256),
+        ("backward_dq", "num_stages", "2 or 3 or 4", 1),
+        ("backward_dkdv", "BLOCK_N", "128", 256),
+    ),
 )
-def test_options_it_is_not_written_for(kernel: str, option: str, allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_it_is_not_written_for(
+    kernel: str, option: str, allowed: str, got: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from flash_rocm._triton.plan import plan
 
-    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", json.dumps({kernel: OPTIONS[kernel] | {option: 256}}))
-    with pytest.raises(ConfigError, match=f"expected {option}={allowed} with implementation=gluon, got 256. Hint"):
+    monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", json.dumps({kernel: OPTIONS[kernel] | {option: got}}))
+    with pytest.raises(ConfigError, match=f"expected {option}={allowed} with implementation=gluon, got {got}. Hint"):
         plan(kernel, problem(), SM90, runtime.config_source(), True)
 
 

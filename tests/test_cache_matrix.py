@@ -44,8 +44,11 @@ def test_cache_matrix_covers_every_feature(scope: cache_matrix.Scope) -> None:
         assert {feature for _, feature in counts} == set(scope.combined)
         found, arch = library_of_tests(), scope.target.partition(":")[2]
         numbers = {found.find("splitkv", case.problem, arch) for case in cache_matrix.cases(scope)}
+        # test_ck_cache.py has those for small pages, which take next to nothing else.
         assert {found.instances[n] for n in numbers if n is not None} == {
-            instance for instance in found.instances if instance.kernel == "splitkv"
+            instance
+            for instance in found.instances
+            if instance.kernel == "splitkv" and not instance.name.endswith("_n16")
         }
     else:
         assert all(counts[dtype, feature] >= scope.rounds for dtype in dtypes for feature in scope.combined)

@@ -364,6 +364,19 @@ def install(folder: pathlib.Path, instances: list[CkInstance], archs: tuple[str,
     (folder / ck_instances.MANIFEST).write_text(text)
 
 
+def test_auto_takes_what_is_executed_by_tests(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On gfx950 nothing is: it is there for who asks by name."""
+    problem, gfx950 = make_problem(dtype=torch.bfloat16, headdim=128, window_right=0), runtime.amd_arch("gfx950", 256)
+    instances = [dataclasses.replace(instance, archs=("gfx950",)) for instance in library_of_tests().instances]
+    install(tmp_path / "ck", instances, ("gfx950",))
+    monkeypatch.setenv("FLASH_ROCM_CACHE_DIR", str(tmp_path))
+    assert backends.select(problem, gfx950, "auto") == "triton"
+    assert backends.select(problem, gfx950, "ck") == "ck"
+    (reason,) = backends.refusal_reasons("ck", problem, gfx950)
+    assert reason == "the tests run none of its kernels on gfx950: auto leaves them to who asks by name"
+    assert set(ck_instances.TESTED_ARCHS) == set(ARCHS)
+
+
 def test_a_library_is_found_by_its_cache_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(dtype=torch.bfloat16, headdim=128, window_right=0)
     (before,) = backends.refusal_reasons("ck", problem, GFX942)

@@ -76,7 +76,7 @@ class _Address:
 
     __slots__ = ("address", "dtype")
 
-    def __init__(self, address: int, dtype: torch.dtype | None) -> None:
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
         self.address, self.dtype = address, dtype
 
     def data_ptr(self) -> int:

@@ -172,7 +172,8 @@ _GLUON_OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {
         "BLOCK_N": (32, 64, 128),
         "BLOCK_K": (0,),
         "num_warps": (4,),
-        "num_stages": (1, 2, 3, 4),
+        # A tile is released after the next one has come.
+        "num_stages": (2, 3, 4),
     },
     "backward_dkdv": {
         "BLOCK_M": (32, 64, 128),
