@@ -91,7 +91,8 @@ def _provide(kernel: str, problem: AttentionProblem, arch: str, say: Say) -> Pro
     if number is None:
         raise BuildError(f"{kernel}: expected a ck entry in {arch}.json, found none")
     on_demand = runtime.on_demand_ck()
-    (unit,) = units_of((arch,), [wanted.instances[number].name], on_demand.configs)
+    # Of entries of the user's that make instances of one name the first, as selection does.
+    unit, *_ = units_of((arch,), [wanted.instances[number].name], on_demand.configs)
     place = ck_store.place(on_demand, arch, unit.instance.name, unit.entry)
     seconds = _made(
         place,
@@ -117,13 +118,14 @@ def _made(place: pathlib.Path, make: _Build, what: str, say: Say) -> float:
             is_new = not (place / MANIFEST).is_file()
             if is_new:
                 say(f"{what}, into {place}")
-                _make_whole(place, make)
+                try:
+                    _make_whole(place, make)
+                except BuildError as error:
+                    _failed[place] = f"{error} (not tried again by this process)"
+                    raise
     except OSError as error:
-        _failed[place] = f"FLASH_ROCM_CACHE_DIR: expected a folder to write to, {error}"
+        _failed[place] = f"{place}: could not be made in FLASH_ROCM_CACHE_DIR: {error}"
         raise BuildError(_failed[place]) from error
-    except BuildError as error:
-        _failed[place] = f"{error} (not tried again by this process)"
-        raise
     finally:
         ck_instances.look_again()
     return time.monotonic() - started if is_new else 0.0

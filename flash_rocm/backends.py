@@ -186,9 +186,14 @@ def _is_compilable(problem: AttentionProblem, arch: Arch) -> bool:
     return not ck_instances.refusals(problem, arch.name, ck_instances.built() or wanted, wanted)
 
 
-def incapacities(name: str, problem: AttentionProblem, arch: Arch) -> list[str]:
-    """The reasons that no installation or build removes."""
-    own = ck_instances.refusals(problem, arch.name, ck_instances.shipped(arch.name)) if name == "ck" else []
+def incapacities(name: str, problem: AttentionProblem, arch: Arch, *, users_configs: bool = False) -> list[str]:
+    """The reasons that no installation or build removes.
+
+    Args:
+        users_configs: of what ``ck`` has, count what the configs of FLASH_ROCM_CONFIG_DIR add to the shipped ones.
+    """
+    entries = ck_instances.configured if users_configs else ck_instances.shipped
+    own = ck_instances.refusals(problem, arch.name, entries(arch.name)) if name == "ck" else []
     return _arch_reasons(CAPABILITIES[name], arch) + _problem_reasons(name, problem) + own
 
 

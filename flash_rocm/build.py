@@ -146,7 +146,7 @@ def _run_problems(args: argparse.Namespace) -> int:
             f"{problem.options()}: {reason}"
             for problem in problems
             for arch in args.arch
-            for reason in backends.incapacities("ck", problem, runtime.arch_named(arch))
+            for reason in backends.incapacities("ck", problem, runtime.arch_named(arch), users_configs=True)
         ]
     except (ValueError, NotImplementedError) as error:
         print(f"flash-rocm build: {error}", file=sys.stderr)

@@ -17,7 +17,11 @@ from flash_rocm.config_schema import CkConfig
 from flash_rocm.runtime import OnDemand
 
 #: What an instance is compiled from and with which flags, beside its entry: folders and modules of these packages.
-_SOURCES = {"flash_rocm._ck": ("csrc/*", "generate.py", "build.py"), "flash_rocm._third_party": ("*.py",)}
+_SOURCES = {
+    "flash_rocm._ck": ("csrc/*", "generate.py", "build.py", "hipified.py"),
+    "flash_rocm._third_party": ("*.py",),
+    "flash_rocm": ("ck_instances.py",),  # chips, and the form of the list
+}
 
 
 def root(on_demand: OnDemand) -> pathlib.Path:

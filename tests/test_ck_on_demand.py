@@ -277,7 +277,7 @@ def test_what_a_killed_process_left_goes(compiler: pathlib.Path) -> None:
 
 def test_a_cache_that_cannot_be_written(compiler: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ROCM_CACHE_DIR", str(compiler))  # a file
-    with pytest.raises(build.BuildError, match="FLASH_ROCM_CACHE_DIR: expected a folder to write to"):
+    with pytest.raises(build.BuildError, match="could not be made in FLASH_ROCM_CACHE_DIR: "):
         on_demand.provide(PROBLEM, "gfx942", lambda text: None)
 
 
@@ -324,6 +324,49 @@ def test_who_waits_too_long_is_told(compiler: pathlib.Path, monkeypatch: pytest.
     place = ck_store.place(runtime.on_demand_ck(), "gfx942", NAME, entry)
     with files.locked(place, 0.0), pytest.raises(build.BuildError, match="another process has compiled this"):
         on_demand.provide(PROBLEM, "gfx942", lambda text: None)
+    # That is nothing to remember.
+    (found,) = on_demand.provide(PROBLEM, "gfx942", lambda text: None)
+    assert found.name == NAME and (found.folder / ck_instances.MANIFEST).is_file()
+
+
+def configs_with(folder: pathlib.Path, *more: dict[str, Any]) -> pathlib.Path:
+    """A folder of configs with more entries behind the shipped ones of gfx942."""
+    shipped = config.file_contents("gfx942")
+    folder.mkdir()
+    (folder / "gfx942.json").write_text(json.dumps(shipped | {"ck": [*shipped["ck"], *more]}))
+    return folder
+
+
+def test_two_entries_of_one_name(
+    compiler: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is taken, as selection does."""
+    install(runtime.cache_dir() / "ck")
+    more = (entry | {"occupancy": 1} for entry in config.file_contents("gfx942")["ck"])
+    monkeypatch.setenv("FLASH_ROCM_CONFIG_DIR", str(configs_with(tmp_path / "configs", *more)))
+    (found,) = on_demand.provide(PROBLEM, "gfx942", lambda text: None)
+    (instance,) = (each for each in ck_instances.configured("gfx942").instances[:60] if each.name == NAME)
+    built = ck_instances.built()
+    assert found.name == NAME and built is not None and built.instances[-1].occupancy == instance.occupancy != 1
+
+
+def test_problems_of_the_users_own_entries(
+    compiler: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(runtime.cache_dir() / "ck")
+    words = "shape=2,1,1024,16,16,128 dtype=fp16 softcap=20 kvcache page-size=64"
+    command = ["build", "--ck", "--arch", "gfx942", "--problem", words]
+    assert cli.main(command) == 1
+    assert "--problem" in capsys.readouterr().err
+    entry = next(
+        entry
+        for entry in config.file_contents("gfx942")["ck"]
+        if entry["kernel"] == "splitkv" and entry["tile"][-1] == 128 and entry["tile"][1] == 64
+    )
+    entry = entry | {"dtype": ["float16"], "variants": [["masked", "softcap"]]}
+    monkeypatch.setenv("FLASH_ROCM_CONFIG_DIR", str(configs_with(tmp_path / "configs", entry)))
+    assert cli.main(command) == 0
+    assert "splitkv_fp16_d128_masked_softcap for gfx942: compiled" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
