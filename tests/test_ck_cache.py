@@ -274,7 +274,7 @@ def test_the_operator_checks_what_it_gets() -> None:
 
 
 def test_what_is_refused_runs_on_triton_with_auto() -> None:
-    problem = make_problem(**DECODE, page_size=16)
+    problem = make_problem(**DECODE, page_size=24)
     (reason,) = backends.refusal_reasons("ck", problem, GFX942)
     assert (
         "no instance of the library runs the splitkv: expected splitkv_bf16_d128 of a tile whose keys divide" in reason
