@@ -18,7 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .common import LOG2E, key_ranges, query_ranges, sequence_bounds, visible_keys
-from .hopper import ROWS, barrier, clear_from, load, row_layout
+from .hopper import ROWS, barrier, clear_from, fill, init_ring, load, row_layout
+from .jit import kernel
 
 
 def tile_rows_dq(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
@@ -31,23 +32,6 @@ def tile_rows_dkdv(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     """(rows, dims) of a copy of q, k, v and dout for dK and dV."""
     block_m, block_d, block_dv = (constants[name] for name in ("BLOCK_M", "BLOCK_D", "BLOCK_DV"))
     return (block_m, block_d), (ROWS.value, block_d), (ROWS.value, block_dv), (block_m, block_dv)
-
-
-@gluon.jit
-def _init(full, empty, STAGES: gl.constexpr):
-    """Barriers of a ring that one warp fills and two warpgroups empty."""
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
-
-
-@gluon.jit
-def _fill(desc, row, col, tile, ring, full, empty, STAGES: gl.constexpr):
-    """Copy a tile into its place in a ring, once that is free."""
-    stage = tile % STAGES
-    mbarrier.wait(empty.index(stage), ((tile // STAGES) & 1) ^ 1)
-    mbarrier.expect(full.index(stage), ring.shape[1] * ring.shape[2] * 2)
-    load(desc, [row, col], full.index(stage), ring.index(stage))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -68,8 +52,8 @@ def _load_for_dq(
             load(do_desc, [do_row + part * ROWS, do_col], q_full, do.index(part))
         tile = 0
         for start in range(begin, end, BLOCK_N):
-            _fill(k_desc, k_row + start, k_col, tile, keys, k_full, k_empty, STAGES)
-            _fill(v_desc, v_row + start, v_col, tile, values, v_full, v_empty, STAGES)
+            fill(k_desc, k_row + start, k_col, tile, keys, k_full, k_empty, STAGES)
+            fill(v_desc, v_row + start, v_col, tile, values, v_full, v_empty, STAGES)
             tile += 1  # noqa: SIM113 - Triton has no enumerate
 
 
@@ -193,14 +177,7 @@ def _make_dq(
         gl.store(dq_ptrs, dq, mask=(first_row + dq_rows < rows_total)[:, None])
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "stride_qb", "stride_qm", "stride_qh", "stride_kb", "stride_kn", "stride_kh", "stride_vb", "stride_vn",
-        "stride_vh", "stride_dob", "stride_dom", "stride_doh", "stride_lb", "stride_lh", "stride_alibi_batch",
-        "batch_heads", "nheads", "group_size", "seqlen_q", "seqlen_k", "num_blocks", "softmax_scale", "scale",
-        "softcap_log2", "window_left", "window_right", "dropout_threshold", "dropout_rescale",
-    ]
-)  # fmt: skip
+@kernel(gluon.jit)
 def attn_bwd_dq_hopper_kernel(
     q_desc, k_desc, v_desc, do_desc, out_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
     alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
@@ -230,8 +207,8 @@ def attn_bwd_dq_hopper_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
-    _init(k_full, k_empty, STAGES)
-    _init(v_full, v_empty, STAGES)
+    init_ring(k_full, k_empty, STAGES)
+    init_ring(v_full, v_empty, STAGES)
     fence_async_shared()
     barrier()
 
@@ -307,8 +284,8 @@ def _load_for_dkdv(
             q_col = (first_head + member) * stride_qh * VEC
             do_col = (first_head + member) * stride_doh * VEC
             for start in range(begin, end, BLOCK_M):
-                _fill(q_desc, q_row + start, q_col, tile, queries, q_full, q_empty, STAGES)
-                _fill(do_desc, do_row + start, do_col, tile, grads, do_full, do_empty, STAGES)
+                fill(q_desc, q_row + start, q_col, tile, queries, q_full, q_empty, STAGES)
+                fill(do_desc, do_row + start, do_col, tile, grads, do_full, do_empty, STAGES)
                 tile += 1
 
 
@@ -430,14 +407,7 @@ def _make_dkdv(
         _store_keys(dv_ptr, dv, first_col, cols_total, nheads_k, PART)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "stride_qb", "stride_qm", "stride_qh", "stride_kb", "stride_kn", "stride_kh", "stride_vb", "stride_vn",
-        "stride_vh", "stride_dob", "stride_dom", "stride_doh", "stride_lb", "stride_lh", "stride_alibi_batch",
-        "batch_heads_k", "nheads_k", "group_size", "seqlen_q", "seqlen_k", "num_blocks", "softmax_scale", "scale",
-        "softcap_log2", "window_left", "window_right", "dropout_threshold", "dropout_rescale",
-    ]
-)  # fmt: skip
+@kernel(gluon.jit)
 def attn_bwd_dkdv_hopper_kernel(
     q_desc, k_desc, v_desc, do_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
@@ -467,8 +437,8 @@ def attn_bwd_dkdv_hopper_kernel(
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(k_full, count=1)
-    _init(q_full, q_empty, STAGES)
-    _init(do_full, do_empty, STAGES)
+    init_ring(q_full, q_empty, STAGES)
+    init_ring(do_full, do_empty, STAGES)
     fence_async_shared()
     barrier()
 

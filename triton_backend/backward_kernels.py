@@ -27,6 +27,7 @@ from .common import (
     tile_offsets,
     visible_keys,
 )
+from .jit import kernel
 
 
 @triton.jit
@@ -120,14 +121,7 @@ def _accumulate_dq(
     return dq
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_qb", "stride_qm", "stride_qh", "stride_kb", "stride_kn", "stride_kh", "stride_vb", "stride_vn",
-        "stride_vh", "stride_dob", "stride_dom", "stride_doh", "stride_lb", "stride_lh", "stride_alibi_batch",
-        "batch_heads", "nheads", "group_size", "seqlen_q", "seqlen_k", "num_blocks", "softmax_scale", "scale",
-        "softcap_log2", "window_left", "window_right", "dropout_threshold", "dropout_rescale",
-    ]
-)  # fmt: skip
+@kernel(triton.jit)
 def attn_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
     alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
@@ -313,14 +307,7 @@ def _accumulate_dkdv(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_qb", "stride_qm", "stride_qh", "stride_kb", "stride_kn", "stride_kh", "stride_vb", "stride_vn",
-        "stride_vh", "stride_dob", "stride_dom", "stride_doh", "stride_lb", "stride_lh", "stride_alibi_batch",
-        "batch_heads_k", "nheads_k", "group_size", "seqlen_q", "seqlen_k", "num_blocks", "softmax_scale", "scale",
-        "softcap_log2", "window_left", "window_right", "dropout_threshold", "dropout_rescale",
-    ]
-)  # fmt: skip
+@kernel(triton.jit)
 def attn_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,

@@ -27,6 +27,7 @@ from .common import (
     store_tile,
     tile_offsets,
 )
+from .jit import kernel
 
 #: Slots of the error buffer that checked kernels report to, the number of the sequence + 1: FAULTS of
 #: ``flash_rocm/cache_validation.py``.
@@ -313,15 +314,7 @@ def _attend(
     return acc, row_sum, row_max
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_lb", "stride_lh", "stride_lm", "stride_ls", "stride_om", "stride_oh", "stride_os",
-        "stride_qb", "stride_qm", "stride_qh", "stride_kb", "stride_kn", "stride_kh", "stride_vb", "stride_vn",
-        "stride_vh", "stride_q2b", "stride_q2m", "stride_q2h", "stride_table", "stride_alibi_batch", "stride_rotary",
-        "max_position", "nheads", "group_size", "seqlen_q", "seqlen_k", "seqlen_new", "capacity", "entries",
-        "num_blocks", "num_splits", "scale", "softcap_log2", "window_left", "window_right", "chunk",
-    ]
-)  # fmt: skip
+@kernel(triton.jit)
 def attn_cache_kernel(
     q_ptr, k_ptr, v_ptr, q2_ptr, k2_ptr, out_ptr, lse_ptr, alibi_ptr, sinks_ptr, cos_ptr, sin_ptr,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, cu_seqlens_new_ptr, seqused_q_ptr, seqused_k_ptr, rotary_seqlens_ptr,
@@ -477,12 +470,7 @@ def attn_cache_kernel(
     store_tile(out_ptrs, out, packed, rows_total * group_size, dims_v, HEADDIM_V, BLOCK_DV)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_lb", "stride_lh", "stride_lm", "stride_ob", "stride_om", "stride_oh", "stride_os", "stride_pb",
-        "stride_pm", "stride_ph", "stride_ps", "seqlen_q", "nheads", "num_splits",
-    ]
-)  # fmt: skip
+@kernel(triton.jit)
 def attn_combine_kernel(
     out_partial_ptr, lse_partial_ptr, out_ptr, lse_ptr,
     stride_lb: tl.int64, stride_lh: tl.int64, stride_lm: tl.int64,
@@ -522,13 +510,7 @@ def attn_combine_kernel(
     tl.store(out_ptr + pid * HEADDIM_V + dims, out, mask=dims < HEADDIM_V)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_nb", "stride_nm", "stride_nh", "stride_wb", "stride_wm", "stride_wh", "stride_kb", "stride_kn",
-        "stride_kh", "stride_vb", "stride_vn", "stride_vh", "stride_table", "stride_rotary", "max_position", "nheads_k",
-        "seqlen_k", "seqlen_new", "capacity", "entries", "num_blocks",
-    ]
-)  # fmt: skip
+@kernel(triton.jit)
 def kv_append_kernel(
     k_new_ptr, v_new_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr,
     cu_seqlens_new_ptr, seqused_k_ptr, rotary_seqlens_ptr, batch_idx_ptr, table_ptr, error_ptr,

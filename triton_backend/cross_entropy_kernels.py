@@ -4,11 +4,10 @@ import triton
 import triton.language as tl
 
 from .common import round_to
+from .jit import kernel
 
 
-@triton.jit(
-    do_not_specialize=["stride", "classes", "smoothing", "logit_scale", "lse_square_scale", "ignore_index"]
-)  # fmt: skip
+@kernel(triton.jit)
 def cross_entropy_fwd_kernel(
     logits_ptr, labels_ptr, given_lse_ptr, loss_ptr, lse_ptr, z_loss_ptr,
     stride: tl.int64, classes: tl.int32, smoothing: tl.float32, logit_scale: tl.float32,
@@ -54,12 +53,7 @@ def cross_entropy_fwd_kernel(
     tl.store(z_loss_ptr + row, z_loss)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride", "stride_out", "stride_dloss", "classes", "num_blocks", "smoothing", "logit_scale",
-        "lse_square_scale", "ignore_index",
-    ]
-)  # fmt: skip
+@kernel(triton.jit)
 def cross_entropy_bwd_kernel(
     logits_ptr, labels_ptr, lse_ptr, dloss_ptr, dlogits_ptr,
     stride: tl.int64, stride_out: tl.int64, stride_dloss: tl.int64, classes: tl.int32, num_blocks: tl.int32,

@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .common import LN2, key_ranges, sequence_bounds, visible_keys
-from .hopper import ROWS, barrier, clear_from, load
+from .hopper import ROWS, barrier, clear_from, fill, init_ring, load
+from .jit import kernel
 
 
 def tile_rows(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
@@ -77,8 +78,6 @@ def _load(
 ):  # fmt: skip
     """Copy the queries of each tile of this program, and its keys and values into their rings."""
     q_bytes: gl.constexpr = 2 * ROWS * q.shape[2] * 2
-    k_bytes: gl.constexpr = BLOCK_N * keys.shape[2] * 2
-    v_bytes: gl.constexpr = BLOCK_N * values.shape[2] * 2
     loaded = 0  # tiles of keys
     tiles_q = 0
     for step in range(0, steps):
@@ -97,14 +96,8 @@ def _load(
             v_row = batch * v_batch_rows + start_k
             head_k = head // group_size
             for start in range(begin, end, BLOCK_N):
-                stage = loaded % STAGES
-                phase = ((loaded // STAGES) & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), phase)
-                mbarrier.expect(k_full.index(stage), k_bytes)
-                load(k_desc, [k_row + start, head_k * stride_kh * VEC], k_full.index(stage), keys.index(stage))
-                mbarrier.wait(v_empty.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), v_bytes)
-                load(v_desc, [v_row + start, head_k * stride_vh * VEC], v_full.index(stage), values.index(stage))
+                fill(k_desc, k_row + start, head_k * stride_kh * VEC, loaded, keys, k_full, k_empty, STAGES)
+                fill(v_desc, v_row + start, head_k * stride_vh * VEC, loaded, values, v_full, v_empty, STAGES)
                 loaded += 1
 
 
@@ -259,14 +252,7 @@ def _attend(
         loaded += gl.cdiv(gl.maximum(end - begin, 0), BLOCK_N)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "stride_qb", "stride_qm", "stride_qh", "stride_kb", "stride_kn", "stride_kh", "stride_vb", "stride_vn",
-        "stride_vh", "stride_lb", "stride_lh", "stride_alibi_batch", "batch_heads", "nheads", "group_size",
-        "seqlen_q", "seqlen_k", "num_blocks", "scale", "softcap_log2", "window_left", "window_right",
-        "dropout_threshold", "dropout_rescale",
-    ]
-)  # fmt: skip
+@kernel(gluon.jit)
 def attn_fwd_hopper_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, sinks_ptr,
     stride_lb: gl.int64, stride_lh: gl.int64,
@@ -295,11 +281,8 @@ def attn_fwd_hopper_kernel(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_empty.index(stage), count=2)
+    init_ring(k_full, k_empty, STAGES)
+    init_ring(v_full, v_empty, STAGES)
     fence_async_shared()
     barrier()
     steps = gl.cdiv(num_blocks * batch_heads - gl.program_id(0), gl.num_programs(0))

@@ -26,6 +26,7 @@ from .common import (
     tile_offsets,
     visible_keys,
 )
+from .jit import kernel
 
 
 @triton.jit
@@ -94,14 +95,7 @@ def _attend(
     return acc, row_sum, row_max
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_qb", "stride_qm", "stride_qh", "stride_kb", "stride_kn", "stride_kh", "stride_vb", "stride_vn",
-        "stride_vh", "stride_lb", "stride_lh", "stride_alibi_batch", "batch_heads", "nheads", "group_size",
-        "seqlen_q", "seqlen_k", "num_blocks", "scale", "softcap_log2", "window_left", "window_right",
-        "dropout_threshold", "dropout_rescale",
-    ]
-)  # fmt: skip
+@kernel(triton.jit)
 def attn_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, alibi_ptr, rng_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, sinks_ptr,
     stride_lb: tl.int64, stride_lh: tl.int64,

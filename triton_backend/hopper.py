@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 #: Their names since Triton 3.9, and before.
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -44,3 +44,20 @@ def clear_from(tile, rows_left, TILE_ROWS: gl.constexpr):
             part.store(gl.where((first + rows < rows_left)[:, None], x, 0.0).to(tile.dtype))
     fence_async_shared()
     barrier()
+
+
+@gluon.jit
+def init_ring(full, empty, STAGES: gl.constexpr):
+    """Barriers of a ring that one warp fills and two warpgroups empty."""
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+
+
+@gluon.jit
+def fill(desc, row, col, tile, ring, full, empty, STAGES: gl.constexpr):
+    """Copy a tile into its place in a ring, once that is free."""
+    stage = tile % STAGES
+    mbarrier.wait(empty.index(stage), ((tile // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(stage), ring.shape[1] * ring.shape[2] * 2)
+    load(desc, [row, col], full.index(stage), ring.index(stage))

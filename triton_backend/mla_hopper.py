@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .cache_kernels import entry_of, keys_of, part_of_program, queries_of, split_columns, visible_positions
 from .common import LN2
 from .hopper import ROWS, barrier, copy_at, row_layout
+from .jit import kernel
 
 #: Keys of a tile.
 TILE_N = gl.constexpr(64)
@@ -130,6 +131,23 @@ def _finite(row_max):
 
 
 @gluon.jit
+def _send(s, row_max, own_max, row_sum, scale, place, maxima, sent):
+    """Give P of a tile of scores, and the maximum of it and what came before, to the other warpgroup.
+
+    Returns that maximum, the new sum of each row, and the factor for what was summed before.
+    """
+    new_max = gl.maximum(row_max, own_max)
+    subtract = _finite(new_max)
+    p = gl.exp2(s * scale - subtract[:, None])
+    place.store(p.to(place.dtype))
+    maxima.store(new_max)
+    fence_async_shared()
+    mbarrier.arrive(sent, count=1)
+    factor = gl.exp2(row_max - subtract)
+    return new_max, row_sum * factor + gl.sum(p, 1), factor
+
+
+@gluon.jit
 def _attend(
     q_left, q_right, q_rope, left, right, rope, maxima, sums, full, empty, first_full, second_full,
     out_ptr, lse_ptr, begin, full_begin, full_end, end, packed_start, group_size, rows_left, shift, cols_total,
@@ -140,7 +158,6 @@ def _attend(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    dtype: gl.constexpr = rope.dtype
     packed = packed_start + gl.arange(0, ROWS, layout=row_layout)
     first_col, end_col = visible_positions(
         packed // group_size, shift, cols_total, window_left, window_right, chunk, MASK_LEFT, MASK_RIGHT, CHUNK
@@ -160,15 +177,7 @@ def _attend(
             s = gl.where(seen, s, float("-inf"))
         own_max = gl.max(s, 1) * scale
         if PART == 0:
-            first_max = gl.maximum(row_max, own_max)
-            subtract = _finite(first_max)
-            p = gl.exp2(s * scale - subtract[:, None])
-            rope.index(0).store(p.to(dtype))
-            maxima.store(first_max)
-            fence_async_shared()
-            mbarrier.arrive(first_full, count=1)
-            factor = gl.exp2(row_max - subtract)
-            row_sum = row_sum * factor + gl.sum(p, 1)
+            first_max, row_sum, factor = _send(s, row_max, own_max, row_sum, scale, rope.index(0), maxima, first_full)
             acc = _rescaled(acc, factor)
             acc = warpgroup_mma(rope.index(0), left.index(0), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
@@ -189,15 +198,7 @@ def _attend(
             row_sum = row_sum * factor
             acc = _rescaled(acc, factor)
             acc = warpgroup_mma(rope.index(0), right.index(0), acc, is_async=True)
-            row_max = gl.maximum(first_max, own_max)
-            subtract = _finite(row_max)
-            p = gl.exp2(s * scale - subtract[:, None])
-            rope.index(1).store(p.to(dtype))
-            maxima.store(row_max)
-            fence_async_shared()
-            mbarrier.arrive(second_full, count=1)
-            factor = gl.exp2(first_max - subtract)
-            row_sum = row_sum * factor + gl.sum(p, 1)
+            row_max, row_sum, factor = _send(s, first_max, own_max, row_sum, scale, rope.index(1), maxima, second_full)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(FIRST_RIGHT), count=1)
             acc = _rescaled(acc, factor)
@@ -245,15 +246,7 @@ def _load_q(buffer, row_ptr, row_stride_m, row_stride_h, packed_start, group_siz
     copy_at(buffer, row_ptr + (rows * row_stride_m + heads * row_stride_h), rows_in_tile < rows_left, DIMS)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "stride_lb", "stride_lh", "stride_lm", "stride_ls", "stride_om", "stride_oh", "stride_os",
-        "stride_qb", "stride_qm", "stride_qh", "stride_kb", "stride_kn", "stride_kh", "stride_vb", "stride_vn",
-        "stride_vh", "stride_q2b", "stride_q2m", "stride_q2h", "stride_table", "stride_alibi_batch", "stride_rotary",
-        "max_position", "nheads", "group_size", "seqlen_q", "seqlen_k", "seqlen_new", "capacity", "entries",
-        "num_blocks", "num_splits", "scale", "softcap_log2", "window_left", "window_right", "chunk",
-    ]
-)  # fmt: skip
+@kernel(gluon.jit)
 def attn_mla_kernel(
     q_ptr, k_ptr, v_ptr, q2_ptr, k2_ptr, out_ptr, lse_ptr, alibi_ptr, sinks_ptr, cos_ptr, sin_ptr,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, cu_seqlens_new_ptr, seqused_q_ptr, seqused_k_ptr, rotary_seqlens_ptr,

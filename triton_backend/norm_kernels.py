@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .common import dropout_keep, round_to
+from .jit import kernel
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def _store_result(out_ptr, normalised, weight_ptr, bias_ptr, row_offset, cols, i
     tl.store(out_ptr + row_offset + cols, round_to(y, out_ptr.dtype.element_ty, False), mask=inside)
 
 
-@triton.jit(do_not_specialize=["columns", "eps", "dropout_threshold", "rescale"])
+@kernel(triton.jit)
 def norm_fwd_kernel(
     x_ptr, residual_ptr, x1_ptr, rowscale_ptr, rng_ptr, weight_ptr, bias_ptr, weight1_ptr, bias1_ptr,
     out_ptr, out1_ptr, sum_ptr, mean_ptr, rstd_ptr, mask_ptr, mask1_ptr,
@@ -78,7 +79,7 @@ def norm_fwd_kernel(
         _store_result(out1_ptr, normalised, weight1_ptr, bias1_ptr, row_offset, cols, inside, ZERO_CENTERED)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "programs", "dropout_threshold", "rescale"])
+@kernel(triton.jit)
 def norm_bwd_kernel(
     sum_ptr, dy_ptr, dy1_ptr, dsum_ptr, rowscale_ptr, rng_ptr, weight_ptr, weight1_ptr, mean_ptr, rstd_ptr,
     dx_ptr, dx1_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, dweight1_ptr, dbias1_ptr,

@@ -4,14 +4,10 @@ import triton
 import triton.language as tl
 
 from .common import round_to, sequence_bounds
+from .jit import kernel
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_ob", "stride_om", "stride_oh", "stride_xb", "stride_xm", "stride_xh", "seqlen", "nheads", "table_len",
-        "offset", "num_blocks", "head_blocks",
-    ]
-)  # fmt: skip
+@kernel(triton.jit)
 def rotary_kernel(
     out_ptr, x_ptr, cos_ptr, sin_ptr, offsets_ptr, cu_seqlens_ptr,
     stride_ob: tl.int64, stride_om: tl.int64, stride_oh: tl.int64,
