@@ -124,7 +124,7 @@ def _made(place: pathlib.Path, make: _Build, what: str, say: Say) -> float:
                     _failed[place] = f"{error} (not tried again by this process)"
                     raise
     except OSError as error:
-        _failed[place] = f"{place}: could not be made in FLASH_ROCM_CACHE_DIR: {error}"
+        _failed[place] = f"FLASH_ROCM_CACHE_DIR: expected a folder to write to, {error}"
         raise BuildError(_failed[place]) from error
     finally:
         ck_instances.look_again()
@@ -136,7 +136,10 @@ def _make_whole(place: pathlib.Path, make: _Build) -> None:
     for left in place.parent.glob(f"{place.name}.*.tmp"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     with _scratch(place) as scratch:
-        make(_toolchain(place), scratch / "work", scratch / "out", scratch / "log.txt")
+        try:
+            make(_toolchain(place), scratch / "work", scratch / "out", scratch / "log.txt")
+        except OSError as error:  # of sources and programs
+            raise BuildError(f"{place.name}: {error}") from error
         shutil.rmtree(place, ignore_errors=True)  # without its list it is no library
         os.replace(scratch / "out", place)
 

@@ -14,6 +14,7 @@ from flash_rocm import ck_instances, cli
 from flash_rocm.amdgpu.bundles import bundles_of, code_objects
 from flash_rocm.inspect import ck_model, model
 from flash_rocm.inspect.library import _short_name
+from flash_rocm.inspect.report import Case
 
 
 def bundle(*entries: tuple[str, bytes]) -> bytes:
@@ -106,6 +107,20 @@ def test_the_call_that_is_modelled_takes_the_instance(arch: str) -> None:
         # Tiles of 16 keys are for small pages, which caches of the model do not have: another instance is the first.
         is_for_small_pages = instance.kernel == "splitkv" and instance.tile[1] < 64
         assert None not in found and (number in found) != is_for_small_pages, instance.name
+
+
+def test_one_name_for_each_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As instances that were compiled on demand have."""
+    instances = [
+        next(each for each in ck_instances.shipped(arch).instances if each.name == "forward_fp16_d64_dense")
+        for arch in ARCHS
+    ]
+    modules = tuple(pathlib.Path(arch) for arch in ARCHS)
+    library = ck_instances.CkLibrary(pathlib.Path(), ARCHS, tuple(instances), modules)
+    monkeypatch.setattr(ck_instances, "built", lambda: library)
+    monkeypatch.setattr(ck_model, "_compared", lambda case, kernel, problem: (case.arch, kernel))
+    cases = [Case(arch, "forward_fp16_d64_dense", "fp16", 64) for arch in ARCHS]
+    assert ck_model.compare(cases) == [(arch, "forward") for arch in ARCHS]
 
 
 @pytest.mark.ck

@@ -21,9 +21,10 @@ void widen_alibi(Shape& shape)
         shape.window_left = shape.seqlen_q + shape.seqlen_k;
 }
 
-Status check(int number, const Shape& shape)
+// found: the instance of the number, where there is one.
+Status check(int number, const Shape& shape, const Instance*& found)
 {
-    const Instance* found = find(number);
+    found = find(number);
     if(found == nullptr)
         return Status::no_instance;
     const Instance& instance = *found;
@@ -71,29 +72,31 @@ Status forward(int number, const ForwardParams& given)
 {
     ForwardParams params = given;
     widen_alibi(params.shape);
-    if(const Status status = check(number, params.shape); status != Status::ok)
+    const Instance* found;
+    if(const Status status = check(number, params.shape, found); status != Status::ok)
         return status;
-    if(find(number)->forward == nullptr)
+    if(found->forward == nullptr)
         return Status::wrong_kernel;
     if(!fits(params.q) || !fits(params.k) || !fits(params.v) || !fits(params.out) || !fits(params.lse))
         return Status::stride_too_large;
-    return find(number)->forward(params);
+    return found->forward(params);
 }
 
 Status backward(int number, const BackwardParams& given)
 {
     BackwardParams params = given;
     widen_alibi(params.shape);
-    if(const Status status = check(number, params.shape); status != Status::ok)
+    const Instance* found;
+    if(const Status status = check(number, params.shape, found); status != Status::ok)
         return status;
-    if(find(number)->backward == nullptr)
+    if(found->backward == nullptr)
         return Status::wrong_kernel;
     for(const Matrix* x : {&params.q, &params.k, &params.v, &params.dout, &params.dk, &params.dv, &params.dq_acc})
         if(!fits(*x))
             return Status::stride_too_large;
     if(!fits(params.lse) || !fits(params.delta) || params.dq_acc_split > kMaxStride)
         return Status::stride_too_large;
-    return find(number)->backward(params);
+    return found->backward(params);
 }
 
 Status splitkv(int number, const SplitKvParams& given)

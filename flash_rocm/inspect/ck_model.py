@@ -21,7 +21,16 @@ from flash_rocm.problem import AttentionProblem, default_softmax_scale
 from . import model
 from .counts import InspectError
 from .library import short_dtype
-from .model import CACHED, SEQLEN, Prediction
+from .model import (
+    CACHED,
+    KERNEL_OF_SYMBOL,
+    PRODUCTS_OF,
+    PRODUCTS_OF_BACKWARD,
+    SEQLEN,
+    CachedCall,
+    Prediction,
+    cached_scores,
+)
 from .report import Case
 
 #: Part of the symbol of each kernel of Composable Kernel.
@@ -30,14 +39,15 @@ _SYMBOLS = {
     "backward": "FmhaBwdDQDKDVKernel",
     "splitkv": "FmhaFwdSplitKVKernel",
 }
-#: Triton's kernels by their symbols, and the multiplications of a score by a row that each does.
-_TRITON = {
-    "forward": {"attn_fwd_kernel": ("forward", 2)},
-    "backward": {"attn_bwd_dq_kernel": ("backward_dq", 3), "attn_bwd_dkdv_kernel": ("backward_dkdv", 4)},
-    "splitkv": {"attn_cache_kernel": ("cache", 2)},
-}
-#: Multiplications that a call has to do.
-_PRODUCTS = {"forward": 2, "backward": 5, "splitkv": 2}
+#: Multiplications of a score by a row that a call has to do.
+_PRODUCTS = {"forward": PRODUCTS_OF["forward"], "backward": PRODUCTS_OF_BACKWARD, "splitkv": PRODUCTS_OF["decode"]}
+
+
+def _triton_kernels(kernel: str) -> dict[str, tuple[str, int]]:
+    """Triton's by their symbols, and the multiplications that each does."""
+    if kernel == "splitkv":
+        return {"attn_cache_kernel": ("cache", PRODUCTS_OF["decode"])}
+    return {symbol: (name, PRODUCTS_OF[name]) for symbol, name in KERNEL_OF_SYMBOL.items() if name.startswith(kernel)}
 
 
 class Comparison(NamedTuple):
@@ -87,12 +97,17 @@ def compare(cases: Sequence[Case]) -> list[Comparison]:
         InspectError: see :func:`flash_rocm.inspect.model.predict`; or no call of the model takes any of them.
     """
     library = ck_instances.built()
-    instances = {} if library is None else {each.name: number for number, each in enumerate(library.instances)}
+    # What was compiled on demand has one name for each chip.
+    numbers = (
+        {}
+        if library is None
+        else {(each.name, arch): number for number, each in enumerate(library.instances) for arch in each.archs}
+    )
     found = []
     for case in cases:
-        if library is None or case.kernel not in instances:
+        number = numbers.get((case.kernel, case.arch))
+        if library is None or number is None:
             continue  # an auxiliary kernel
-        number = instances[case.kernel]
         instance = library.instances[number]
         problem = problem_of(instance)
         # Another instance may be the first that takes it; and what a backward needs besides may be missing.
@@ -109,22 +124,19 @@ def compare(cases: Sequence[Case]) -> list[Comparison]:
     return found
 
 
-def _flop(kernel: str, problem: AttentionProblem, products: int) -> float:
-    rows, keys = problem.seqlen_q, problem.seqlen_k
-    hidden = rows * (rows - 1) // 2 if problem.causal else 0
-    scores = problem.nheads * (rows * keys - hidden)
-    return (problem.headdim + problem.headdim_v) * products * scores
+def _flop(problem: AttentionProblem, products: int) -> float:
+    call = CachedCall(problem.seqlen_k, problem.seqlen_q, problem.nheads, problem.nheads_k)
+    return (problem.headdim + problem.headdim_v) * products * cached_scores(call, problem.causal)
 
 
 def _compared(case: Case, kernel: str, problem: AttentionProblem) -> Comparison:
-    itemsize = problem.dtype.itemsize
-    own = _executed(case.arch, "ck", problem, {_SYMBOLS[kernel]: (case.kernel, _PRODUCTS[kernel])}, kernel, itemsize)
-    triton = _executed(case.arch, "triton", problem, _TRITON[kernel], kernel, itemsize)
+    own = _executed(case.arch, "ck", problem, {_SYMBOLS[kernel]: (case.kernel, _PRODUCTS[kernel])})
+    triton = _executed(case.arch, "triton", problem, _triton_kernels(kernel))
     return Comparison(case, own[case.kernel], triton)
 
 
 def _executed(
-    arch: str, backend: str, problem: AttentionProblem, kernels: dict[str, tuple[str, int]], kernel: str, itemsize: int
+    arch: str, backend: str, problem: AttentionProblem, kernels: dict[str, tuple[str, int]]
 ) -> dict[str, Prediction]:
     """Predictions by name for the launches of a call whose symbols hold one of ``kernels``."""
     from flash_rocm.virtual import Checks
@@ -137,7 +149,7 @@ def _executed(
             launch.run(checks=Checks.none())
             return
         stats = launch.run(measure=True, checks=Checks.none())
-        found[name[0]] = model.predict(launch, stats, _flop(kernel, problem, name[1]), itemsize)
+        found[name[0]] = model.predict(launch, stats, _flop(problem, name[1]), problem.dtype.itemsize)
 
     with flash_rocm.use_backend(backend), flash_rocm.virtual_gpu(arch, on_launch=run):
         _call(problem)

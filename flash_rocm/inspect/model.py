@@ -57,14 +57,15 @@ PAGE_SIZE = 16
 _L1_BYTES = 64
 #: Cycles of the 32 banks that the launch counts, for one of the chip's: gfx950 has 64.
 _LDS_CYCLES = {"gfx950": 2}
-_KERNELS = {
+#: Kernels of a training step by their symbols.
+KERNEL_OF_SYMBOL = {
     "attn_fwd_kernel": "forward",
     "attn_bwd_dq_kernel": "backward_dq",
     "attn_bwd_dkdv_kernel": "backward_dkdv",
 }
 #: Multiplications of a score by a row that a kernel has to do, and those of a backward call; 2 * headdim flop each.
-_PRODUCTS_OF = {"forward": 2, "backward_dq": 3, "backward_dkdv": 4, "decode": 2, "prefill": 2, "mla": 2}
-_PRODUCTS_OF_BACKWARD = 5
+PRODUCTS_OF = {"forward": 2, "backward_dq": 3, "backward_dkdv": 4, "decode": 2, "prefill": 2, "mla": 2}
+PRODUCTS_OF_BACKWARD = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,7 @@ def visible_scores(seqlen: int, left: int, right: int) -> int:
 def flop_of(kernel: str, headdim: int, scores: int) -> float:
     """What a kernel has to do for as many scores."""
     dims = (MLA_HEADDIM + MLA_HEADDIM_V) / 2 if kernel == "mla" else headdim
-    return 2.0 * dims * _PRODUCTS_OF[kernel] * scores
+    return 2.0 * dims * PRODUCTS_OF[kernel] * scores
 
 
 def predict_cases(cases: Sequence[Case]) -> dict[Case, Prediction]:
@@ -169,8 +170,8 @@ def predict_cases(cases: Sequence[Case]) -> dict[Case, Prediction]:
     """
     found: dict[Case, Prediction] = {}
     for case in cases:
-        if case.kernel not in _PRODUCTS_OF:
-            raise InspectError(f"kernel: the speed model expects one of {', '.join(_PRODUCTS_OF)}, got {case.kernel!r}")
+        if case.kernel not in PRODUCTS_OF:
+            raise InspectError(f"kernel: the speed model expects one of {', '.join(PRODUCTS_OF)}, got {case.kernel!r}")
         if case not in found:
             found |= _predicted(case)
     return {case: found[case] for case in cases}
@@ -186,7 +187,7 @@ def _predicted(case: Case) -> dict[Case, Prediction]:
     found: dict[Case, Prediction] = {}
 
     def run(launch: Any) -> None:
-        kernel = case.kernel if launch.code.name == "attn_cache_kernel" else _KERNELS.get(launch.code.name)
+        kernel = case.kernel if launch.code.name == "attn_cache_kernel" else KERNEL_OF_SYMBOL.get(launch.code.name)
         if kernel is None:  # the combination of parts
             launch.run(checks=Checks.none())
             return
@@ -209,7 +210,7 @@ def _predicted(case: Case) -> dict[Case, Prediction]:
 
 
 def cached_scores(call: CachedCall, causal: bool) -> int:
-    """Elements of the score matrices of a call over a cache whose last keys are those of its rows."""
+    """Elements of the score matrices of a call whose last keys are those of its rows."""
     hidden = call.rows * (call.rows - 1) // 2 if causal else 0
     return call.nheads * (call.rows * call.keys - hidden)
 
@@ -233,7 +234,7 @@ def backward_tflops(predictions: dict[Case, Prediction]) -> dict[Case, float]:
     for case, dq in predictions.items():
         dkdv = predictions.get(dataclasses.replace(case, kernel="backward_dkdv"))
         if case.kernel == "backward_dq" and dkdv is not None:
-            flop = dq.flop * _PRODUCTS_OF_BACKWARD / _PRODUCTS_OF["backward_dq"]
+            flop = dq.flop * PRODUCTS_OF_BACKWARD / PRODUCTS_OF["backward_dq"]
             found[dataclasses.replace(case, kernel="backward")] = flop / (dq.seconds + dkdv.seconds) / 1e12
     return found
 
