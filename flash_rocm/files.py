@@ -76,6 +76,7 @@ def load_operators(path: pathlib.Path, error: type[RuntimeError]) -> None:
     try:
         torch.ops.load_library(str(path))
     except OSError as cause:
-        raise error(
-            f"{path}: expected a library for torch {torch.__version__}, {cause}. Hint: build it again (torch >= 2.10)"
-        ) from cause
+        hint = "build it again (torch >= 2.10)"
+        if "version `GLIBC" in str(cause):  # of libc or libstdc++, which are newer where it was built
+            hint = "build it here, or on the oldest system that it is to run on"
+        raise error(f"{path}: expected a library for torch {torch.__version__}, {cause}. Hint: {hint}") from cause

@@ -21,7 +21,7 @@ from kvcache_calls import check
 from test_auxiliary import problem_of
 
 import flash_rocm
-from flash_rocm import auxiliary, cli, config, cuda_library, runtime
+from flash_rocm import auxiliary, cli, config, cuda_library, files, runtime
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.testing import CacheCall, assert_caches_close, make_cache_inputs, oracle_cached
 from flash_rocm.testing.kvcache import oracle_combine
@@ -200,6 +200,15 @@ def test_a_file_that_is_no_library(tmp_path: pathlib.Path, monkeypatch: pytest.M
         cuda_library.CudaLibraryError, match=r"_CUDA\.so: expected a library for torch .* build it again"
     ):
         cuda_library.load(library)
+
+
+def test_a_library_of_a_newer_system(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> None:
+        raise OSError(f"/lib/libstdc++.so.6: version `GLIBCXX_3.4.32' not found (required by {path})")
+
+    monkeypatch.setattr(torch.ops, "load_library", refuse)
+    with pytest.raises(cuda_library.CudaLibraryError, match=r"GLIBCXX_3\.4\.32.*Hint: build it here, or on the oldest"):
+        files.load_operators(tmp_path / "_C.so", cuda_library.CudaLibraryError)
 
 
 # --------------------------------------------------------------------------------------------------
