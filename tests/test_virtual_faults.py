@@ -220,8 +220,8 @@ def test_lds_atomics_race_with_loads_and_stores_only(order: str) -> None:
 def test_lds_atomics_need_a_value_and_a_wait() -> None:
     with pytest.raises(UninitialisedRead, match="LDS byte 0"):
         run_lines(ATOMIC.format("ds_add_u32 v1, v2"))
-    with pytest.raises(MissingWait, match="barrier"):
-        run_lines(ZERO + "ds_add_u32 v1, v2\n s_barrier\n")
+    with pytest.raises(MissingWait, match="reads LDS byte 0 .* wave . changed, and had not waited for .* barrier"):
+        run_lines(ATOMIC.format(ZERO + "ds_add_u32 v1, v2\n s_barrier\n ds_read_b32 v3, v1"), waves=2)
 
 
 def test_waves_may_store_the_same_value() -> None:
@@ -269,11 +269,29 @@ def test_a_wave_that_ends_before_the_barrier(order: str) -> None:
         run_lines(lines, waves=2, order=order)
 
 
-def test_lds_writes_not_waited_for_at_a_barrier() -> None:
-    lines = "v_lshlrev_b32_e32 v1, 2, v0\n ds_write_b32 v1, v1\n s_barrier"
-    with pytest.raises(MissingWait, match="barrier"):
-        run_lines(lines)
-    run_lines(lines, checks=Checks(barrier_waits=False))
+@pytest.mark.parametrize("order", ORDERS)
+def test_lds_writes_not_waited_for_at_a_barrier(order: str) -> None:
+    """What another wave wrote is there after a barrier that this one entered with its writes waited for, no other."""
+    lines = """
+    v_lshlrev_b32_e32 v1, 2, v0
+    v_xor_b32_e32 v2, 0x100, v1
+    ds_write_b32 v1, v1
+    {}
+    s_barrier
+    {}
+    {} v2{}
+    s_waitcnt lgkmcnt(0)
+    """
+    wait = "s_waitcnt lgkmcnt(0)"
+    for does, access in (("reads", ("ds_read_b32 v3,", "")), ("writes", ("ds_write_b32", ", v0"))):
+        for after in ("", wait):
+            missing = lines.format("", after, *access)
+            with pytest.raises(MissingWait, match=f"{does} LDS byte .* had not waited for .* the last barrier"):
+                run_lines(missing, waves=2, order=order)
+            run_lines(missing, waves=2, order=order, checks=Checks(barrier_waits=False))
+        run_lines(lines.format(wait, "", *access), waves=2, order=order)
+        # As in Composable Kernel, one of whose barriers is for something else.
+        run_lines(lines.format("", f"{wait}\n s_barrier", *access), waves=2, order=order)
 
 
 def test_workgroups_that_write_to_one_place() -> None:

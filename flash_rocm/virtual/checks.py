@@ -11,7 +11,7 @@ class Checks:
 
     Attributes:
         waits: a loaded register or LDS word is used before its s_waitcnt.
-        barrier_waits: a wave enters a barrier with its own LDS writes not waited for.
+        barrier_waits: LDS is touched after a barrier that the wave which wrote it entered without waiting for that.
         registers: a register is read that nothing has written.
         lds: LDS is read that nothing has written.
         memory: memory added with ``initialised=False`` is read before it is written.

@@ -161,6 +161,6 @@ def _barrier_signal(b: Builder) -> Handler:
 
     def run(g: Group) -> None:
         if g.m.tracker is not None and g.m.checks.barrier_waits and g.m.checks.waits:
-            g.m.tracker.check_barrier(g)
+            g.m.tracker.enter_barrier(g)
 
     return run

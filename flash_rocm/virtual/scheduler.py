@@ -180,7 +180,7 @@ class Scheduler:
             return None
         if block.end == "barrier":
             if m.tracker is not None and m.checks.barrier_waits and m.checks.waits:
-                m.tracker.check_barrier(group)
+                m.tracker.enter_barrier(group)
             m.status[group.sel] = AT_BARRIER
             m.pc[group.sel] = block.next
             return None
@@ -197,7 +197,10 @@ class Scheduler:
         if m.checks.barriers:
             self._check_divergence(status, waiting)
         if m.shadow is not None:
-            m.shadow.barrier(np.nonzero(waiting)[0])
+            late = None if m.tracker is None else m.tracker.late.reshape(status.shape)
+            m.shadow.barrier(np.nonzero(waiting)[0], late)
+        if m.tracker is not None:
+            m.tracker.late[m.status == AT_BARRIER] = False
         m.status[m.status == AT_BARRIER] = RUNNING
 
     def _check_divergence(self, status: np.ndarray, waiting: np.ndarray) -> None:

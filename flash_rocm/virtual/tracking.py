@@ -55,6 +55,8 @@ class Tracker:
         self.ready = {c: np.zeros((size, waves), np.int32) for c in self.COUNTERS}
         self.pending = dict.fromkeys(self.COUNTERS, 0)
         self.last_lds_write = np.zeros(waves, np.int32)
+        #: Since they entered a barrier, until it lets them go.
+        self.late = np.zeros(waves, bool)
         self.defined = np.zeros((size, waves), bool)
         self.undefined = 0
         self.watch = 0
@@ -153,11 +155,9 @@ class Tracker:
             self.pending[counter] = sum(1 << bits[i] for i in range(len(bits)) if left[i])
             self._update()
 
-    def check_barrier(self, group: Any) -> None:
-        """A wave at a barrier has waited for its LDS writes."""
-        late = self.last_lds_write[group.sel] > self.done["ds"][group.sel]
-        if late.any():
-            raise MissingWait("a wave enters a barrier before its LDS writes are waited for")
+    def enter_barrier(self, group: Any) -> None:
+        """Note which waves enter a barrier before they have waited for their LDS writes."""
+        self.late[group.sel] |= self.last_lds_write[group.sel] > self.done["ds"][group.sel]
 
 
 #: Words that hold several granules' states at once, by bytes.
@@ -187,6 +187,8 @@ class LdsShadow:
         self.landing_wave: np.ndarray | None = None
         # A bit per wave that changed a granule by an atomic since the barrier.
         self.atomics: np.ndarray | None = None
+        # A bit per wave that passed the last barrier with LDS writes under way.
+        self.late = np.zeros(workgroups, self.dtype)
 
     def _units(self, places: np.ndarray, size: int) -> np.ndarray:
         """Granules of accesses of ``size`` bytes at bytes ``places``: int64 [n, granules]."""
@@ -334,16 +336,26 @@ class LdsShadow:
                 self._report(wave, int(units[seen != 0][0]), "writes", other, "read")
 
     def _report(self, wave: int, unit: int, does: str, other: int, did: str) -> None:
-        raise LdsRace(
-            f"wave {wave} {does} LDS byte {unit % self.per_workgroup * self.granule} of workgroup "
-            f"{unit // self.per_workgroup} of the batch, which wave {other} {did} since the last barrier"
-        )
+        workgroup, place = divmod(unit, self.per_workgroup)
+        what = f"wave {wave} {does} LDS byte {place * self.granule} of workgroup {workgroup} of the batch, which"
+        if did != "read" and int(self.late[workgroup]) >> other & 1:
+            raise MissingWait(f"{what} wave {other} {did}, and had not waited for when it entered the last barrier")
+        raise LdsRace(f"{what} wave {other} {did} since the last barrier")
 
-    def barrier(self, workgroups: np.ndarray) -> None:
-        """These workgroups have passed a barrier."""
-        self.state.reshape(-1, self.per_workgroup)[workgroups] &= self.dtype.type(self.ever)
+    def barrier(self, workgroups: np.ndarray, late: np.ndarray | None) -> None:
+        """These workgroups have passed a barrier.
+
+        Args:
+            late: bool [workgroups of the batch, waves_each], waves whose LDS writes it does not separate from what
+                follows: all since the barrier before, as it is not known which of them have ended.
+        """
+        kept = self.state.reshape(-1, self.per_workgroup)
+        bits = np.uint64(1) << np.arange(self.waves_each, dtype=np.uint64)
+        self.late[workgroups] = 0 if late is None else (late[workgroups] * bits).sum(1, dtype=np.uint64)
+        stay = self.late[workgroups]
+        kept[workgroups] &= (stay | self.dtype.type(self.ever))[:, None]
         if self.atomics is not None:
-            self.atomics.reshape(-1, self.per_workgroup)[workgroups] = 0
+            self.atomics.reshape(-1, self.per_workgroup)[workgroups] &= stay[:, None]
         readers = self.readers.reshape(-1, self.waves_each * self.per_workgroup)
         readers[workgroups[self.read_since[workgroups]]] = 0
         self.read_since[workgroups] = False
