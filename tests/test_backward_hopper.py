@@ -1,6 +1,4 @@
-"""The Gluon backward for Hopper, which no config asks for yet: what it takes, what it compiles to and, on a GPU, how
-it does beside Triton's.
-"""
+"""The Gluon backward for Hopper: what it takes, what it compiles to and, on a GPU, how it does beside Triton's."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ pytest.importorskip("triton", reason="about a Triton kernel")
 
 SM90 = nvidia_arch((9, 0), 132)
 KERNELS = ("backward_dq", "backward_dkdv")
-#: What is asked for here, as no config does.
+#: What is asked for here at every head dim; at 128 the configs do.
 OPTIONS = {
     "backward_dq": {"implementation": "gluon", "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     "backward_dkdv": {"implementation": "gluon", "BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
@@ -69,9 +67,31 @@ def test_not_taken(kernel: str, fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_not_the_default(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "fields,expected",
+    (
+        ({}, "gluon"),
+        ({"dtype": torch.float16, "window_right": 0, "varlen": True}, "gluon"),
+        ({"softcap": 2.0}, "triton"),
+        ({"headdim": 96}, "triton"),
+        ({"headdim": 64}, "triton"),
+        ({"headdim": 256}, "triton"),
+    ),
+    ids=str,
+)
+def test_default(fields: dict[str, Any], expected: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it was faster, and takes the call."""
     monkeypatch.delenv("FLASH_ROCM_KERNEL_CONFIG")
-    assert implementation(kernel, problem()) == "triton"
+    assert implementation(kernel, problem(**fields)) == expected
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_default_is_what_is_tested(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flash_rocm._triton.plan import plan
+
+    monkeypatch.delenv("FLASH_ROCM_KERNEL_CONFIG")
+    shipped = plan(kernel, problem(), SM90, runtime.config_source(), True).config
+    assert {name: getattr(shipped, name) for name in OPTIONS[kernel]} == OPTIONS[kernel]
 
 
 def test_explain_tells() -> None:

@@ -252,11 +252,12 @@ def test_two_workgroups_of_the_forward_fit_a_multiprocessor(mask: str) -> None:
 
 
 def test_the_entry_is_that_of_the_kernel_that_is_compiled() -> None:
-    """On sm90 a forward at head dim 128 is the Gluon one, with limits of its own; at 96 it is Triton's."""
+    """On sm90 head dim 128 has the Gluon kernels, with limits of their own; 96 has Triton's, as backward 64 does."""
     triton_needed()
     assert kernels._entry_of(Case("sm90", "forward", "bf16", 128, "full"), None).implementation == "gluon"
     assert kernels._entry_of(Case("sm90", "forward", "bf16", 96, "full"), None).implementation == "triton"
-    assert kernels._entry_of(Case("sm90", "backward_dq", "bf16", 128, "full"), None).implementation == "triton"
+    assert kernels._entry_of(Case("sm90", "backward_dq", "bf16", 128, "full"), None).implementation == "gluon"
+    assert kernels._entry_of(Case("sm90", "backward_dq", "bf16", 64, "full"), None).implementation == "triton"
 
 
 def _selected(*arguments: str) -> set[tuple[str, int, str]]:
