@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from .cached import append as append
 from .cached import attend as attend
 from .cached import combine as combine
 from .cached import splits_of as splits_of
-from .instances import aligned, instance_of
+from .instances import aligned, instance_of, workspace
 
 
 def _widened(x: torch.Tensor, headdim: int) -> torch.Tensor:
@@ -56,7 +57,12 @@ def _dq_acc(problem: AttentionProblem, softmax_lse: torch.Tensor, splits: int) -
     All of a head lies together, for its parts are addressed with 32 bits from its first.
     """
     *outer, rows = softmax_lse.shape
-    zeros = softmax_lse.new_zeros((*outer, splits, rows, problem.headdim))
+    shape = (*outer, splits, rows, problem.headdim)
+    hint = "FLASH_ROCM_BACKEND=triton needs none, shorter sequences need less"
+    if splits > 1:
+        hint = f"deterministic=False adds up one part in place of {splits}; {hint}"
+    with workspace("backward: dq in float32", math.prod(shape), hint):
+        zeros = softmax_lse.new_zeros(shape)
     return zeros.movedim(-3, 0).transpose(-2, -3)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from flash_rocm._third_party import composable_kernel, rocm_root
 
-from flash_rocm import ck_instances
+from flash_rocm import ck_instances, files
 from flash_rocm.runtime import BuildRequest
 
 from . import hipified
@@ -31,7 +31,7 @@ STAND_IN = "_hip_stand_in.so"
 OLDEST_CLANG = 20
 #: A job of the compiler at its largest.
 BYTES_PER_JOB = 1_200_000_000
-#: The stable ABI of torch that the binding is compiled for.
+#: The stable ABI of torch that the binding is compiled for, which the oldest version has that files.OLDEST_TORCH names.
 TORCH_TARGET = "0x020a000000000000"
 #: Composable Kernel's own, with bf16 rounded to nearest: exp2 without a base change, and two passes of LLVM told not
 #: to undo the order of instructions that the pipelines ask for.  The linker would warn of each bitcode module of the
@@ -65,6 +65,7 @@ class Toolchain:
     ninja: str
     source: composable_kernel.Source
     jobs: int
+    ccache: str  # "" where there is none
 
     def describe(self) -> str:
         """One line for the record of a build."""
@@ -81,6 +82,7 @@ def find_toolchain(request: BuildRequest, cache: pathlib.Path) -> Toolchain:
     Raises:
         BuildError: something is missing, or not what is expected.
     """
+    check_torch()
     try:
         source = composable_kernel.find(request.ck_home, cache / "composable_kernel")
         rocm, compiler = _find_rocm(request.rocm_home, cache / "rocm")
@@ -94,6 +96,7 @@ def find_toolchain(request: BuildRequest, cache: pathlib.Path) -> Toolchain:
         ninja=find_ninja(),
         source=source,
         jobs=jobs_of(request.max_jobs),
+        ccache=shutil.which("ccache") or "",
     )
     if not source.pinned:
         _probe(toolchain, cache)
@@ -103,6 +106,7 @@ def find_toolchain(request: BuildRequest, cache: pathlib.Path) -> Toolchain:
 def why_not(request: BuildRequest) -> str:
     """What keeps this machine from compiling, as far as a look at its programs tells; "" if nothing does."""
     try:
+        check_torch()
         find_hip_compiler(request.rocm_home)
         find_ninja()
         find_program("g++", "c++", hint="apt-get install g++")
@@ -110,6 +114,18 @@ def why_not(request: BuildRequest) -> str:
     except BuildError as error:
         return str(error)
     return ""
+
+
+def check_torch() -> None:
+    """Raise BuildError where libraries cannot be compiled against this torch."""
+    headers = pathlib.Path(torch.__file__).parent / "include"
+    if why := files.torch_too_old():
+        raise BuildError(why)
+    if not (headers / "torch/csrc/stable/library.h").is_file():
+        raise BuildError(
+            f"torch: expected its headers in {headers}, with torch/csrc/stable/library.h, found none. "
+            "Hint: pip install torch, whose wheel has them"
+        )
 
 
 def find_ninja() -> str:
@@ -238,10 +254,9 @@ def _build_file(
 
 def _add_rules(file: BuildFile, toolchain: Toolchain) -> None:
     """How device code and host code are compiled, and a library is linked."""
-    file.rule(
-        "hip", f"{toolchain.hip_compiler} -MD -MF $out.d $flags -c $in -o $out", "$name for $archs", compiles=True
-    )
-    file.rule("cxx", f"{toolchain.cxx} -MD -MF $out.d {cxx_flags()} -c $in -o $out", "$name", compiles=True)
+    hip, cxx = (joined([*filter(None, [toolchain.ccache]), name]) for name in (toolchain.hip_compiler, toolchain.cxx))
+    file.rule("hip", f"{hip} -MD -MF $out.d $flags -c $in -o $out", "$name for $archs", compiles=True)
+    file.rule("cxx", f"{cxx} -MD -MF $out.d {cxx_flags()} -c $in -o $out", "$name", compiles=True)
     file.rule("link", f"{toolchain.cxx} -shared -o $out $in {torch_libraries()}", "link $name", compiles=False)
 
 

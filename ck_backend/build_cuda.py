@@ -15,7 +15,17 @@ import torch
 from flash_rocm import cuda_library
 from flash_rocm.runtime import BuildRequest
 
-from .build import COMPILER_FAILED, CSRC, BuildError, cxx_flags, find_ninja, find_program, jobs_of, torch_libraries
+from .build import (
+    COMPILER_FAILED,
+    CSRC,
+    BuildError,
+    check_torch,
+    cxx_flags,
+    find_ninja,
+    find_program,
+    jobs_of,
+    torch_libraries,
+)
 from .hipified import KERNELS
 from .ninja import BuildFile, joined
 
@@ -71,6 +81,7 @@ def build(request: BuildRequest, work: pathlib.Path, out: pathlib.Path) -> tuple
     Raises:
         BuildError: something is missing, or a compiler failed; what it said has been printed.
     """
+    check_torch()
     archs = request.archs or DEFAULT_ARCHS
     targets, nvcc, ninja = targets_of(archs), _find_nvcc(request.cuda_home), find_ninja()
     cxx = find_program("g++", "c++", hint="apt-get install g++")

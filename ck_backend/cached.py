@@ -6,6 +6,7 @@ pages is one of pages that start at any row, one for each sequence.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from flash_rocm.runtime import Arch
 from flash_rocm.splits import choose_splits
 
 from .auxiliary import launch, launches_on, stream_of
-from .instances import MAX_STRIDE, aligned, instance_of
+from .instances import MAX_STRIDE, aligned, instance_of, workspace
 
 
 class _Keys(NamedTuple):
@@ -150,11 +151,7 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
         slopes = slopes.repeat_interleave(2, 0) if slopes is not None and slopes.dim() == 2 else slopes
     rows_q = queries.q.shape[0]
     num_splits = num_splits_of(problem, instance, virtual_device.arch_of(q.device), rows_q)
-    parts = (problem.nheads, num_splits, rows_q)
-    out_partial = q.new_empty((*parts, problem.headdim_v), dtype=torch.float32)
-    lse_partial = q.new_empty(parts, dtype=torch.float32)
-    if problem.varlen:  # there may be rows that no sequence owns
-        lse_partial.fill_(float("-inf"))
+    out_partial, lse_partial = _new_parts(problem, num_splits, queries.q)
     tensors = (
         queries.q,
         keys.k,
@@ -179,6 +176,20 @@ def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor
         out_partial, lse_partial = (x.unflatten(0, q.shape[:2]) for x in (out_partial, lse_partial))
     auxiliary.combine_parts(launch, out_partial, lse_partial, out, lse)
     return out, lse
+
+
+def _new_parts(problem: AttentionProblem, num_splits: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results of parts to be written, (nheads, num_splits, total_q, headdim_v) and without headdim_v, float32."""
+    parts = (problem.nheads, num_splits, q.shape[0])
+    hint = "FLASH_ROCM_BACKEND=triton needs less, fewer sequences in a call too"
+    if num_splits > 1:
+        hint = f"num_splits=1 makes one part in place of {num_splits}; {hint}"
+    with workspace("results of parts of the keys", math.prod(parts) * (problem.headdim_v + 1), hint):
+        out_partial = q.new_empty((*parts, problem.headdim_v), dtype=torch.float32)
+        lse_partial = q.new_empty(parts, dtype=torch.float32)
+    if problem.varlen:  # there may be rows that no sequence owns
+        lse_partial.fill_(float("-inf"))
+    return out_partial, lse_partial
 
 
 def _check_contents(problem: AttentionProblem, inputs: CacheInputs, keys: _Keys) -> None:

@@ -11,7 +11,7 @@ import fnmatch
 import pathlib
 from collections.abc import Sequence
 
-from flash_rocm import ck_instances, config
+from flash_rocm import ck_instances
 from flash_rocm.ck_instances import CkInstance
 from flash_rocm.config_schema import CK_SCHEDULERS, CkConfig
 
@@ -67,14 +67,13 @@ def units_of(archs: Sequence[str], patterns: Sequence[str] = ("*",), folder: str
         ConfigError: a config file is wrong.
     """
     found: dict[tuple[str, tuple[object, ...]], Unit] = {}
-    for arch in archs:
-        for entry in config.arch_configs(arch, folder).ck:
-            for instance in ck_instances.from_config(entry, arch):
-                key = (instance.name, entry.built_how)
-                if key in found:
-                    archs_so_far = (*found[key].instance.archs, arch)
-                    instance = dataclasses.replace(instance, archs=archs_so_far)
-                found[key] = Unit(instance, entry, "")
+    for arch in dict.fromkeys(archs):
+        for entry, instance in ck_instances.wanted_of(arch, folder):
+            key = (instance.name, entry.built_how)
+            if key in found:
+                archs_so_far = (*found[key].instance.archs, arch)
+                instance = dataclasses.replace(instance, archs=archs_so_far)
+            found[key] = Unit(instance, entry, "")
     names = [unit.instance.name for unit in found.values()]
     units = [
         dataclasses.replace(unit, suffix=f"_{unit.instance.archs[0]}") if names.count(unit.instance.name) > 1 else unit
@@ -82,7 +81,10 @@ def units_of(archs: Sequence[str], patterns: Sequence[str] = ("*",), folder: str
     ]
     for arch in archs:
         if not any(arch in unit.instance.archs for unit in units):
-            raise NothingToBuild(f"FLASH_ROCM_ARCHS: expected archs with ck entries in their configs, got {arch}")
+            raise NothingToBuild(
+                f"FLASH_ROCM_ARCHS: expected archs with ck entries in their configs, got {arch}. "
+                f"Hint: the shipped ones have {', '.join(ck_instances.ARCHS)}"
+            )
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise NothingToBuild(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,6 +46,25 @@ def _compile(problem: AttentionProblem, arch: str) -> None:
         on_demand.provide(problem, arch)
     except on_demand.BuildError as error:
         raise library.LibraryError(f"ck: {problem.describe()}: {error}") from error
+
+
+@contextlib.contextmanager
+def workspace(what: str, elements: int, hint: str) -> Iterator[None]:
+    """Allocate float32 that a kernel needs beside its results; where memory does not suffice, say what it was for.
+
+    Args:
+        what: the call's direction, and what is allocated.
+        hint: how the caller gets by with less.
+
+    Raises:
+        torch.OutOfMemoryError: there is not as much memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"ck: {what}: expected {4 * elements / 2**20:.1f} MiB of free memory, found less: {error} Hint: {hint}"
+        ) from error
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:

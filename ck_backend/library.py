@@ -18,6 +18,8 @@ from . import virtual
 STAND_IN = "_hip_stand_in.so"
 #: Names under which a process may have HIP: torch's own copy, ROCm 7, ROCm 6.
 _HIP = ("libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6")
+#: What the README asks for; it loads code objects of version 6, which clang 22 makes.
+_OLDEST_HIP = (6, 4)
 _loaded: CkLibrary | None = None
 
 
@@ -124,8 +126,28 @@ def _load_hip(folder: pathlib.Path) -> None:
     beside_torch = pathlib.Path(torch.__file__).parent / "lib" / _HIP[0]
     for name in (str(beside_torch), *_HIP):
         try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            hip = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
+        _check_hip(hip, name)
         return
-    raise LibraryError(f"ck: expected {_HIP[0]} of the ROCm that torch {torch.__version__} uses, found none")
+    raise LibraryError(
+        f"ck: expected {_HIP[0]} of the ROCm that torch {torch.__version__} uses, found none beside torch or where "
+        "libraries are looked for. Hint: LD_LIBRARY_PATH=/opt/rocm/lib"
+    )
+
+
+def _check_hip(hip: ctypes.CDLL, name: str) -> None:
+    """Raise LibraryError for another HIP than torch's: streams and memory of one mean nothing to the other."""
+    number = ctypes.c_int()
+    status = hip.hipRuntimeGetVersion(ctypes.byref(number))
+    found = number.value // 10_000_000, number.value // 100_000 % 100
+    torchs = tuple(int(part) for part in str(torch.version.hip).split(".")[:2])
+    if status == 0 and found >= _OLDEST_HIP and found[0] == torchs[0]:
+        return
+    said = f"an error, {status}" if status else f"{found[0]}.{found[1]}"
+    raise LibraryError(
+        f"ck: {name}: expected HIP {_OLDEST_HIP[0]}.{_OLDEST_HIP[1]} or newer, and of one major version with that of "
+        f"torch {torch.__version__}, {torch.version.hip}; found {said}. Hint: LD_LIBRARY_PATH of the ROCm that this "
+        "torch is for, or a torch for the ROCm that is here"
+    )

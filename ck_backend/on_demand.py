@@ -32,6 +32,10 @@ _PATIENCE = 1200.0
 Say = Callable[[str], None]
 
 
+class _StillBusy(BuildError):
+    """Another process is at it for too long, which says nothing about the next try."""
+
+
 class Provided(NamedTuple):
     """An instance that a problem needs."""
 
@@ -91,8 +95,7 @@ def _provide(kernel: str, problem: AttentionProblem, arch: str, say: Say) -> Pro
     if number is None:
         raise BuildError(f"{kernel}: expected a ck entry in {arch}.json, found none")
     on_demand = runtime.on_demand_ck()
-    # Of entries of the user's that make instances of one name the first, as selection does.
-    unit, *_ = units_of((arch,), [wanted.instances[number].name], on_demand.configs)
+    (unit,) = units_of((arch,), [wanted.instances[number].name], on_demand.configs)
     place = ck_store.place(on_demand, arch, unit.instance.name, unit.entry)
     seconds = _made(
         place,
@@ -114,12 +117,14 @@ def _made(place: pathlib.Path, make: _Build, what: str, say: Say) -> float:
     try:
         with files.locked(place, _PATIENCE) as mine:
             if not mine:
-                raise BuildError(f"{place}: another process has compiled this for {_PATIENCE:.0f} s. Hint: end it")
+                raise _StillBusy(f"{place}: another process has compiled this for {_PATIENCE:.0f} s. Hint: end it")
             is_new = not (place / MANIFEST).is_file()
             if is_new:
                 say(f"{what}, into {place}")
                 try:
                     _make_whole(place, make)
+                except _StillBusy:
+                    raise
                 except BuildError as error:
                     _failed[place] = f"{error} (not tried again by this process)"
                     raise
@@ -158,5 +163,5 @@ def _toolchain(place: pathlib.Path) -> build.Toolchain:
     folder = runtime.on_demand_ck().folder / "tools"
     with files.locked(folder, _PATIENCE) as mine:
         if not mine:
-            raise BuildError(f"{place}: another process fetches Composable Kernel for too long. Hint: CK_HOME")
+            raise _StillBusy(f"{place}: another process fetches Composable Kernel for too long. Hint: CK_HOME")
         return build.find_toolchain(runtime.build_request(), folder)

@@ -137,7 +137,10 @@ def availability_reasons(name: str, arch: Arch) -> list[str]:
                 "the tensors are on the CPU (TRITON_INTERPRET=1 runs the kernels under Triton's interpreter)"
             )
         return reasons
-    return reasons + _arch_reasons(CAPABILITIES[name], arch)
+    reasons += _arch_reasons(CAPABILITIES[name], arch)
+    if name == "ck" and not reasons and (library := ck_instances.built()) is not None:
+        return ck_instances.why_not_on(arch.name, library)
+    return reasons
 
 
 def _installation_reasons(name: str) -> list[str]:

@@ -148,6 +148,27 @@ def from_config(entry: CkConfig, arch: str) -> list[CkInstance]:
     ]
 
 
+def wanted_of(arch: str, folder: str | None = None) -> list[tuple[CkConfig, CkInstance]]:
+    """What the ``ck`` entries of an arch ask for, in the order in which selection tries it.
+
+    Args:
+        folder: config files that replace the shipped ones.
+
+    Raises:
+        ConfigError: a file is wrong, or two entries make instances of one name, of which the second would never run.
+    """
+    found: dict[str, tuple[CkConfig, CkInstance]] = {}
+    for entry in config.arch_configs(arch, folder).ck:
+        for instance in from_config(entry, arch):
+            if instance.name in found:
+                raise ConfigError(
+                    f"{entry.source}: expected each instance of {arch} once, got {instance.name}, which "
+                    f"{found[instance.name][0].source} makes too. Hint: take it out of one of them"
+                )
+            found[instance.name] = entry, instance
+    return list(found.values())
+
+
 def built() -> CkLibrary | None:
     """The library that calls use: that of an explicit ``FLASH_ROCM_CACHE_DIR``, else that of the package, if any.
 
@@ -176,8 +197,7 @@ def configured(arch: str) -> CkLibrary:
 
 @functools.lru_cache(maxsize=16)
 def _all_of(arch: str, folder: str | None) -> CkLibrary:
-    instances = [instance for entry in config.arch_configs(arch, folder).ck for instance in from_config(entry, arch)]
-    return CkLibrary(pathlib.Path(), (arch,), tuple(instances))
+    return CkLibrary(pathlib.Path(), (arch,), tuple(instance for _, instance in wanted_of(arch, folder)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -195,8 +215,7 @@ def _built(explicit: pathlib.Path | None, on_demand: OnDemand) -> CkLibrary | No
         place
         for arch in ARCHS
         if arch in library.archs
-        for entry in config.arch_configs(arch, on_demand.configs).ck
-        for instance in from_config(entry, arch)
+        for entry, instance in wanted_of(arch, on_demand.configs)
         if ((place := ck_store.place(on_demand, arch, instance.name, entry)) / MANIFEST).is_file()
     )
     instances = (*library.instances, *(instance for place in modules for instance in _read(place).instances))
@@ -265,15 +284,22 @@ def refusals(
         reasons.append("a sequence of 2 GiB or more, which Composable Kernel addresses with 32 bits")
     if library is None or reasons:
         return reasons
-    if arch not in library.archs:
-        command = BUILD_COMMAND.format(archs=";".join((*library.archs, arch)))
-        return [f"the library is built for {', '.join(library.archs)}, not for {arch}: {command}"]
+    if lacks := why_not_on(arch, library):
+        return lacks
     for kernel in kernels_of(problem):
         if library.find(kernel, problem, arch) is None and (
             others is None or others.find(kernel, problem, arch) is None
         ):
             reasons.append(f"no instance of the library runs the {kernel}: {_wanted(kernel, problem, arch)}")
     return reasons
+
+
+def why_not_on(arch: str, library: CkLibrary) -> list[str]:
+    """Why a library runs nothing on a chip; empty if it is built for it."""
+    if arch in library.archs:
+        return []
+    command = BUILD_COMMAND.format(archs=";".join((*library.archs, arch)))
+    return [f"the library is built for {', '.join(library.archs)}, not for {arch}: {command}"]
 
 
 def _cache_refusals(problem: AttentionProblem) -> list[str]:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import torch
 
+#: The first whose stable ABI the C++ libraries are compiled for.
+OLDEST_TORCH = (2, 10)
 #: Between two looks at a lock that somebody else holds.
 _POLL_SECONDS = 0.1
 
@@ -71,12 +73,26 @@ def library_folder(explicit: pathlib.Path | None, *names: str) -> pathlib.Path |
     return next((folder for folder in folders if all((folder / name).is_file() for name in names)), None)
 
 
+def torch_too_old() -> str:
+    """Why this torch neither builds nor loads a library of operators; "" if it does."""
+    major, minor = (int(number) for number in torch.__version__.split(".")[:2])
+    if (major, minor) >= OLDEST_TORCH:
+        return ""
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    return (
+        f"torch: expected {oldest} or newer, whose stable ABI C++ libraries are compiled for, got {torch.__version__}. "
+        f'Hint: pip install "torch>={oldest}"'
+    )
+
+
 def load_operators(path: pathlib.Path, error: type[RuntimeError]) -> None:
     """Load a library of operators for torch, or raise the given error."""
+    if why := torch_too_old():
+        raise error(f"{path}: {why}")
     try:
         torch.ops.load_library(str(path))
     except OSError as cause:
-        hint = "build it again (torch >= 2.10)"
+        hint = "build it again"
         if "version `GLIBC" in str(cause):  # of libc or libstdc++, which are newer where it was built
             hint = "build it here, or on the oldest system that it is to run on"
         raise error(f"{path}: expected a library for torch {torch.__version__}, {cause}. Hint: {hint}") from cause

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from ck_compiler import made, pretend
 from ck_library import ARCHS, cache_of_tests, library_of_tests
 from flash_rocm._ck import build, instances, library, on_demand
-from flash_rocm._third_party import composable_kernel
 
 import flash_rocm
 from flash_rocm import backends, ck_instances, ck_store, cli, config, files, runtime
@@ -32,24 +32,6 @@ WHY_NOT = build.why_not
 GFX942 = runtime.arch_named("gfx942")
 PROBLEM = make_problem(dtype=torch.bfloat16, headdim=128, window_right=0)
 NAME = "forward_bf16_d128_dense_masked"
-#: Stands for clang, g++ and gcc: writes the output and the depfile that it is asked for, and a line about it.
-PROGRAM = """#!/bin/sh
-output=; depfile=
-while [ $# -gt 0 ]; do
-  case "$1" in -o) output=$2;; -MF) depfile=$2;; -fsyntax-only) exit 0;; esac
-  shift
-done
-[ -z "$output" ] && exit 0
-echo "$(basename "$output")" >> "$PRETEND_LOG"
-if [ -n "$PRETEND_FAIL" ]; then
-  for n in $(seq 50); do echo "line $n of a compiler"; done
-  echo half > "$output"
-  exit 1
-fi
-sleep "${PRETEND_SECONDS:-0}"
-echo made > "$output"
-[ -z "$depfile" ] || echo "$output:" > "$depfile"
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -62,34 +44,8 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def compiler(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
     """Programs that pretend, and a cache; the file of what they were asked to make."""
-    programs, rocm, ck = tmp_path / "programs", tmp_path / "rocm", tmp_path / "ck"
-    for path in (programs / "g++", programs / "gcc", rocm / "lib/llvm/bin/clang++"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(PROGRAM)
-        path.chmod(0o755)
-    for path in (
-        rocm / "include/hip/hip_runtime.h",
-        ck / "include/ck_tile/core.hpp",
-        ck / composable_kernel.EXAMPLE / "fmha_fwd.hpp",
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    log = tmp_path / "made.txt"
-    log.touch()
-    for name, value in {
-        "PATH": f"{programs}:{os.environ['PATH']}",
-        "ROCM_HOME": str(rocm),
-        "CK_HOME": str(ck),
-        "FLASH_ROCM_CACHE_DIR": str(tmp_path / "cache"),
-        "PRETEND_LOG": str(log),
-    }.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr(build, "why_not", WHY_NOT)
-    return log
-
-
-def made(log: pathlib.Path) -> list[str]:
-    return log.read_text().split()
+    return pretend(tmp_path, monkeypatch)
 
 
 def install(folder: pathlib.Path, archs: tuple[str, ...] = ARCHS, *names: str) -> None:
@@ -342,25 +298,24 @@ def test_who_waits_too_long_is_told(compiler: pathlib.Path, monkeypatch: pytest.
     assert found.name == NAME and (found.folder / ck_instances.MANIFEST).is_file()
 
 
+def test_who_waits_too_long_for_tools_is_told(compiler: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which says no more about the next call than waiting for the instance does."""
+    install(runtime.cache_dir() / "ck")
+    monkeypatch.setattr(on_demand, "_PATIENCE", 0.0)
+    tools = runtime.on_demand_ck().folder / "tools"
+    for _ in range(2):
+        with files.locked(tools, 0.0), pytest.raises(build.BuildError, match="another process fetches .* for too long"):
+            on_demand.provide(PROBLEM, "gfx942", lambda text: None)
+    assert not on_demand._failed and not left_behind(runtime.cache_dir()) and made(compiler) == []
+    assert on_demand.provide(PROBLEM, "gfx942", lambda text: None)[0].name == NAME
+
+
 def configs_with(folder: pathlib.Path, *more: dict[str, Any]) -> pathlib.Path:
     """A folder of configs with more entries behind the shipped ones of gfx942."""
     shipped = config.file_contents("gfx942")
     folder.mkdir()
     (folder / "gfx942.json").write_text(json.dumps(shipped | {"ck": [*shipped["ck"], *more]}))
     return folder
-
-
-def test_two_entries_of_one_name(
-    compiler: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first is taken, as selection does."""
-    install(runtime.cache_dir() / "ck")
-    more = (entry | {"occupancy": 1} for entry in config.file_contents("gfx942")["ck"])
-    monkeypatch.setenv("FLASH_ROCM_CONFIG_DIR", str(configs_with(tmp_path / "configs", *more)))
-    (found,) = on_demand.provide(PROBLEM, "gfx942", lambda text: None)
-    (instance,) = (each for each in ck_instances.configured("gfx942").instances[:60] if each.name == NAME)
-    built = ck_instances.built()
-    assert found.name == NAME and built is not None and built.instances[-1].occupancy == instance.occupancy != 1
 
 
 def test_problems_of_the_users_own_entries(

@@ -92,7 +92,7 @@ inline dim3 grid_of(std::int64_t blocks)
 
 inline std::int64_t ceil_div(std::int64_t x, std::int64_t y) { return (x + y - 1) / y; }
 
-inline Status launched() { return cudaGetLastError() == cudaSuccess ? Status::ok : Status::launch_failed; }
+inline Status launched() { return launch_status(static_cast<int>(cudaGetLastError())); }
 
 // Whether rows can be read N elements of `bytes` bytes at a time.
 inline bool is_aligned(const void* data, std::initializer_list<std::int64_t> strides, int n, int bytes)

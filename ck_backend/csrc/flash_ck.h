@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace flash_ck {
 
@@ -14,15 +15,21 @@ enum class Status : int {
     wrong_layout,
     wrong_headdim,
     stride_too_large,
-    launch_failed,
     wrong_size, // of an auxiliary kernel
     missing_tensor,
     wrong_table,
-    too_many_tables
+    too_many_tables,
+    driver_error = 0x10000 // and above: a launch failed, with the driver's number added
 };
 
+// What a launch came to, from the number that HIP or CUDA gives; 0 is success.
+inline Status launch_status(int error)
+{
+    return error == 0 ? Status::ok : static_cast<Status>(static_cast<int>(Status::driver_error) + error);
+}
+
 // One sentence for each status, without a full stop.
-const char* status_text(Status status);
+std::string status_text(Status status);
 
 // (batch, seqlen, nheads, headdim); (total, nheads, headdim) has no batch stride.
 struct Matrix {

@@ -19,7 +19,7 @@ Status launch(const Arguments& arguments, const Grid& grid, void* stream)
 {
     ck_tile::make_kernel<Kernel::kBlockPerCu>(Kernel{}, grid, dim3(Kernel::kBlockSize), 0, arguments)(
         ck_tile::stream_config{static_cast<hipStream_t>(stream)});
-    return hipGetLastError() == hipSuccess ? Status::ok : Status::launch_failed;
+    return launch_status(static_cast<int>(hipGetLastError()));
 }
 
 inline void put(const Matrix& x, ck_tile::index_t& row, ck_tile::index_t& head, ck_tile::index_t& batch)
