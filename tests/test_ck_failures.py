@@ -19,7 +19,8 @@ from flash_rocm.config_schema import ConfigError
 from flash_rocm.runtime import BuildRequest
 from flash_rocm.testing import make_problem
 
-REQUEST = BuildRequest(("gfx942",), "forward_bf16_*", "", "", "1")
+#: Of a Composable Kernel that is not there, so that a build that goes on does not go far.
+REQUEST = BuildRequest(("gfx942",), "forward_bf16_*", "/nowhere", "", "1")
 GFX942 = runtime.arch_named("gfx942")
 
 
