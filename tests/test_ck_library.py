@@ -90,6 +90,18 @@ def test_misaligned_and_strided_inputs(arch: str) -> None:
         assert torch.equal(flash_rocm.flash_attn_func(*odd, causal=True), expected)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_head_dim_64_over_several_tiles(arch: str) -> None:
+    """Between tiles of 64 keys waves pass a barrier with writes of V to LDS under way, which the next one waits for."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, seqlen, 2, 64).half() for seqlen in (40, 150, 150))
+    for order in ("forward", "shuffled:1"):
+        with flash_rocm.virtual_gpu(arch, order=order), flash_rocm.use_backend("ck"):
+            out = flash_rocm.flash_attn_func(q, k, v)
+        exact = flash_rocm.flash_attn_func(*(x.double() for x in (q, k, v)))
+        assert (out - exact).abs().max() <= 2.0**-9 * exact.abs().max()
+
+
 def test_deterministic_backward_repeats_bit_for_bit() -> None:
     q, k, v = (x[0].requires_grad_() for x in inputs(seqlen=140))
     starts, starts_k = torch.tensor([0, 30, 140]).int(), torch.tensor([0, 149, 149]).int()
