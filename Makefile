@@ -33,6 +33,9 @@ PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 INSPECT_ARGS ?=
 
+# The package alone, on a machine with ROCm too; make ck builds the library.
+export FLASH_ROCM_BUILD := none
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup

@@ -1,6 +1,7 @@
 """Packages of the wheel: site-packages gets one name, ``flash_rocm``.
 
-``FLASH_ROCM_BUILD=ck`` adds the library of Composable Kernel, ``cuda`` that of the auxiliary kernels for NVIDIA GPUs.
+``FLASH_ROCM_BUILD=ck`` adds the library of Composable Kernel, which is the default where ROCm is found, ``cuda`` that
+of the auxiliary kernels for NVIDIA GPUs.
 """
 
 import importlib.util
@@ -32,10 +33,23 @@ def version() -> str:
 
 def build_request() -> str:
     """What ``FLASH_ROCM_BUILD`` asks for: ck, cuda or none."""
-    request = os.environ.get("FLASH_ROCM_BUILD", "none").strip().lower()
+    request = os.environ.get("FLASH_ROCM_BUILD", "").strip().lower()
     if request not in ("", "none", "ck", "cuda"):
         raise SystemExit(f"FLASH_ROCM_BUILD: expected ck, cuda or none, got {request!r}.")
-    return request or "none"
+    return request or default_request()
+
+
+def default_request() -> str:
+    """ck where ROCm is found, and a torch to compile against: in a build that pip isolates there is none."""
+    rocm = pathlib.Path(os.environ.get("ROCM_HOME") or "/opt/rocm")
+    if not (rocm / "include/hip/hip_runtime.h").is_file() or importlib.util.find_spec("torch") is None:
+        return "none"
+    print(
+        f"FLASH_ROCM_BUILD: ck, for ROCm is in {rocm}: 1 to 2 minutes of a processor for each of its instances. "
+        "FLASH_ROCM_BUILD=none leaves it out",
+        file=sys.stderr,
+    )
+    return "ck"
 
 
 def mount() -> None:
@@ -54,13 +68,16 @@ def local_version() -> str:
     """What a wheel with a compiled library is called: "+ck.gfx90a.gfx942"."""
     mount()
     try:
+        from flash_rocm._ck import build, build_cuda
+
         from flash_rocm import runtime
     except ModuleNotFoundError as error:
         raise SystemExit(
             f"FLASH_ROCM_BUILD={REQUEST}: {error}. Hint: pip install --no-build-isolation, beside torch."
         ) from error
+    archs = runtime.build_request().archs or (build if REQUEST == "ck" else build_cuda).DEFAULT_ARCHS
     # A name that is no arch is the build's to refuse, which says what it expected.
-    return "+" + ".".join([REQUEST, *re.findall(r"[0-9a-z]+", " ".join(runtime.build_request().archs))])
+    return "+" + ".".join([REQUEST, *re.findall(r"[0-9a-z]+", " ".join(archs))])
 
 
 class BuildLibrary(build_ext):

@@ -29,6 +29,8 @@ CSRC = pathlib.Path(__file__).with_name("csrc")
 STAND_IN = "_hip_stand_in.so"
 #: Of LLVM's own clang; 19 does not compile the asynchronous forward.  AMD's, which comes with ROCm, counts otherwise.
 OLDEST_CLANG = 20
+#: What is compiled for where FLASH_ROCM_ARCHS names nothing.
+DEFAULT_ARCHS = ck_instances.TESTED_ARCHS
 #: A job of the compiler at its largest.
 BYTES_PER_JOB = 1_200_000_000
 #: The stable ABI of torch that the binding is compiled for, which the oldest version has that files.OLDEST_TORCH names.
@@ -283,14 +285,13 @@ def build(request: BuildRequest, work: pathlib.Path, out: pathlib.Path, folder: 
         BuildError: something is missing, or a compiler failed; what it said has been printed.
         ConfigError: a config file is wrong.
     """
-    if not request.archs:
-        raise BuildError('FLASH_ROCM_ARCHS: expected archs, got none. Hint: FLASH_ROCM_ARCHS="gfx90a;gfx942"')
+    archs = request.archs or DEFAULT_ARCHS
     try:
         patterns = [name.strip() for name in request.instances.split(",")]
-        units = units_of(request.archs, patterns, folder)
+        units = units_of(archs, patterns, folder)
     except NothingToBuild as error:
         raise BuildError(str(error)) from error
-    build_library(find_toolchain(request, work.resolve()), units, request.archs, work, out)
+    build_library(find_toolchain(request, work.resolve()), units, archs, work, out)
     return units
 
 

@@ -44,10 +44,11 @@ RUN = {
 #: Likewise, of what a build looks at.
 BUILD = {
     "FLASH_ROCM_BUILD": (
-        "of `pip install`: `none` (default); `ck`, which compiles the Composable Kernel library; `cuda`, which "
-        "compiles append and combine in C++ for NVIDIA GPUs ([ck.md](ck.md#the-auxiliary-kernels))"
+        "of `pip install`: `ck`, which compiles the Composable Kernel library (default where `ROCM_HOME` or /opt/rocm "
+        "is a ROCm, with `--no-build-isolation`); `none` (default elsewhere); `cuda`, which compiles append and "
+        "combine in C++ for NVIDIA GPUs ([ck.md](ck.md#the-auxiliary-kernels))"
     ),
-    "FLASH_ROCM_ARCHS": 'archs of that library, `"gfx90a;gfx942"` or `"sm80;sm90"`',
+    "FLASH_ROCM_ARCHS": 'archs of that library; default: `"gfx90a;gfx942"`, of `cuda` `"sm80;sm90"`',
     "GPU_ARCHS": "the same, as other ROCm projects call it; `FLASH_ROCM_ARCHS` wins",
     "FLASH_ROCM_INSTANCES": (
         'patterns of the instances to compile, with commas between, such as `"forward_bf16_d128*"`; default: all'

@@ -396,6 +396,34 @@ def test_import_is_quick(installed: pathlib.Path) -> None:
     assert times[2] < IMPORT_LIMIT_S, times
 
 
+def test_composable_kernel_is_the_default_where_rocm_is(tmp_path: pathlib.Path) -> None:
+    """Told by the version of what would be built; where pip isolates a build, there is no torch to compile against."""
+    header = tmp_path / "include/hip/hip_runtime.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+
+    def version_of(home: pathlib.Path, before: str = "pass", **variables: str) -> tuple[str, str]:
+        code = f"import runpy, sys; {before}; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py')"
+        left_out = ("FLASH_ROCM_BUILD", "FLASH_ROCM_ARCHS", "GPU_ARCHS")
+        inherited = {name: value for name, value in os.environ.items() if name not in left_out}
+        child = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env={**inherited, "ROCM_HOME": str(home), **variables},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert child.returncode == 0, child.stderr
+        return child.stdout.split()[-1].partition("+")[2], child.stderr
+
+    local, said = version_of(tmp_path)
+    assert local == "ck.gfx90a.gfx942" and f"ck, for ROCm is in {tmp_path}" in said
+    assert version_of(tmp_path, FLASH_ROCM_ARCHS="gfx942")[0] == "ck.gfx942"
+    for nothing in (
+        version_of(tmp_path, FLASH_ROCM_BUILD="none"),
+        version_of(tmp_path / "none"),
+        version_of(tmp_path, before="sys.modules['torch'] = None"),
+    ):
+        assert nothing[0] == "" and "FLASH_ROCM_BUILD" not in nothing[1]
+
+
 @pytest.mark.parametrize(
     ("request_", "words"), [("CUDA", "FLASH_ROCM_ARCHS: expected archs of NVIDIA"), ("x", "expected ck, cuda or none")]
 )
