@@ -7,7 +7,7 @@ ARG BASE=rocm/pytorch:rocm7.2.4_ubuntu24.04_py3.12_pytorch_release_2.10.0
 
 FROM ${BASE} AS wheel
 ARG FLASH_ROCM_ARCHS="gfx90a;gfx942"
-# Patterns of Composable Kernel instances, such as "*bf16_d128*"; all of them take hours of processor time.
+# Patterns of Composable Kernel instances, such as "*bf16_d128*"; all of them take an hour and a half of a processor.
 ARG FLASH_ROCM_INSTANCES="*"
 ARG MAX_JOBS=""
 COPY . /src

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import shutil
 import sys
 
 from setuptools import Extension, find_packages, setup
@@ -40,9 +41,17 @@ def build_request() -> str:
 
 
 def default_request() -> str:
-    """ck where ROCm is found, and a torch to compile against: in a build that pip isolates there is none."""
+    """ck where ROCm is found and what a build needs.  In a build that pip isolates there is no torch, and so none."""
     rocm = pathlib.Path(os.environ.get("ROCM_HOME") or "/opt/rocm")
     if not (rocm / "include/hip/hip_runtime.h").is_file() or importlib.util.find_spec("torch") is None:
+        return "none"
+    mount()
+    from flash_rocm._ck import build
+
+    from flash_rocm import runtime
+
+    if why := build.why_not(runtime.build_request()):
+        print(f"FLASH_ROCM_BUILD: none, though ROCm is in {rocm}: {why}", file=sys.stderr)
         return "none"
     print(
         f"FLASH_ROCM_BUILD: ck, for ROCm is in {rocm}: 1 to 2 minutes of a processor for each of its instances. "
@@ -54,6 +63,8 @@ def default_request() -> str:
 
 def mount() -> None:
     """Make the tree importable as the package that it becomes, for the build that is part of it."""
+    if "flash_rocm._ck" in sys.modules:
+        return
     sys.path.insert(0, str(ROOT))
     for folder, name in EMBEDDED.items():
         init = ROOT / folder / "__init__.py"
@@ -98,7 +109,15 @@ class BuildLibrary(build_ext):
             else:
                 build.build(request, ROOT / "build" / "ck", out, source.folder if source else None)
         except (build.BuildError, ConfigError) as error:
-            raise SystemExit(f"FLASH_ROCM_BUILD={REQUEST}: {error}") from error
+            raise SystemExit(
+                f"FLASH_ROCM_BUILD={REQUEST}: {error} (FLASH_ROCM_BUILD=none installs without it)"
+            ) from error
+
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable install: what is built stands where the package is, in the tree."""
+        for path in pathlib.Path(self.build_lib, "flash_rocm", "_ck").iterdir():
+            if path.suffix in (".so", ".json"):
+                shutil.copy(path, ROOT / "ck_backend")
 
     def get_outputs(self) -> list[str]:
         """None: the files are no module, and a list of them is only asked for by installs that are no wheel."""

@@ -47,7 +47,10 @@ _HOST_CODE = ("status.cpp", "core.cpp", "binding.cpp", "auxiliary_binding.cpp")
 _CXX_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}")
 
 
-COMPILER_FAILED = "a compiler failed: its text is above. Hint: MAX_JOBS=1 where memory is what ran out"
+COMPILER_FAILED = (
+    "a compiler failed: its text is above. Hint: MAX_JOBS=1 where memory is what ran out, CCACHE_DISABLE=1 where "
+    "ccache cannot write"
+)
 #: What an error shows of a log.
 _LAST_LINES = 15
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import pathlib
 import threading
 from typing import Any
@@ -124,13 +125,20 @@ def _load_hip(folder: pathlib.Path) -> None:
         virtual.install(folder / STAND_IN)
         return
     beside_torch = pathlib.Path(torch.__file__).parent / "lib" / _HIP[0]
-    for name in (str(beside_torch), *_HIP):
+    # First the one that torch has loaded, wherever it lies.
+    loaded = f"{_HIP[0]}.{torch.version.hip.partition('.')[0]}", ctypes.RTLD_GLOBAL | os.RTLD_NOLOAD
+    wrong = None
+    for name, mode in (loaded, *((name, ctypes.RTLD_GLOBAL) for name in (str(beside_torch), *_HIP))):
         try:
-            hip = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            _check_hip(ctypes.CDLL(name, mode=mode), name)
         except OSError:
             continue
-        _check_hip(hip, name)
+        except LibraryError as error:
+            wrong = wrong or error
+            continue
         return
+    if wrong is not None:
+        raise wrong
     raise LibraryError(
         f"ck: expected {_HIP[0]} of the ROCm that torch {torch.__version__} uses, found none beside torch or where "
         "libraries are looked for. Hint: LD_LIBRARY_PATH=/opt/rocm/lib"
@@ -138,7 +146,7 @@ def _load_hip(folder: pathlib.Path) -> None:
 
 
 def _check_hip(hip: ctypes.CDLL, name: str) -> None:
-    """Raise LibraryError for another HIP than torch's: streams and memory of one mean nothing to the other."""
+    """Raise LibraryError for a HIP that cannot be torch's: streams and memory of one mean nothing to the other."""
     number = ctypes.c_int()
     status = hip.hipRuntimeGetVersion(ctypes.byref(number))
     found = number.value // 10_000_000, number.value // 100_000 % 100

@@ -45,8 +45,8 @@ RUN = {
 BUILD = {
     "FLASH_ROCM_BUILD": (
         "of `pip install`: `ck`, which compiles the Composable Kernel library (default where `ROCM_HOME` or /opt/rocm "
-        "is a ROCm, with `--no-build-isolation`); `none` (default elsewhere); `cuda`, which compiles append and "
-        "combine in C++ for NVIDIA GPUs ([ck.md](ck.md#the-auxiliary-kernels))"
+        "is a ROCm with its compiler, and `--no-build-isolation`); `none` (default elsewhere); `cuda`, which "
+        "compiles append and combine in C++ for NVIDIA GPUs ([ck.md](ck.md#the-auxiliary-kernels))"
     ),
     "FLASH_ROCM_ARCHS": 'archs of that library; default: `"gfx90a;gfx942"`, of `cuda` `"sm80;sm90"`',
     "GPU_ARCHS": "the same, as other ROCm projects call it; `FLASH_ROCM_ARCHS` wins",

@@ -102,13 +102,14 @@ def test_hip_of_torchs_major_version(torchs: str, number: int, monkeypatch: pyte
 
     def load(name: str, mode: int) -> Hip:
         tried.append(name)
-        if len(tried) == 1:
-            raise OSError("not beside torch")
-        return Hip(number)
+        if len(tried) < 3:
+            raise OSError("neither loaded nor beside torch")
+        return Hip(number if len(tried) == 4 else 1)  # another ROCm's is found first
 
     monkeypatch.setattr(library.ctypes, "CDLL", load)
     library._load_hip(pathlib.Path("/nowhere"))
-    assert tried == [str(pathlib.Path(torch.__file__).parent / "lib/libamdhip64.so"), "libamdhip64.so"]
+    beside = str(pathlib.Path(torch.__file__).parent / "lib/libamdhip64.so")
+    assert tried == [f"libamdhip64.so.{torchs[0]}", beside, "libamdhip64.so", "libamdhip64.so.7"]
 
 
 def test_no_hip_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

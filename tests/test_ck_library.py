@@ -9,12 +9,14 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
+import matrix
 import pytest
 import torch
 from ck_library import ARCHS, NAMES, cache_of_tests, library_of_tests
 
 import flash_rocm
 from flash_rocm import backends, ck_instances
+from flash_rocm.testing import make_problem
 from flash_rocm.virtual import KernelFault, Launch, MemoryFault
 
 pytestmark = pytest.mark.ck
@@ -93,13 +95,8 @@ def test_misaligned_and_strided_inputs(arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_head_dim_64_over_several_tiles(arch: str) -> None:
     """Between tiles of 64 keys waves pass a barrier with writes of V to LDS under way, which the next one waits for."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, seqlen, 2, 64).half() for seqlen in (40, 150, 150))
-    for order in ("forward", "shuffled:1"):
-        with flash_rocm.virtual_gpu(arch, order=order), flash_rocm.use_backend("ck"):
-            out = flash_rocm.flash_attn_func(q, k, v)
-        exact = flash_rocm.flash_attn_func(*(x.double() for x in (q, k, v)))
-        assert (out - exact).abs().max() <= 2.0**-9 * exact.abs().max()
+    problem = make_problem(dtype=torch.float16, headdim=64, seqlen_q=40, seqlen_k=150)
+    matrix.run(matrix.Case("ck", f"virtual:{arch}", problem, "contiguous", 0, (), False, ""), ("reverse", "shuffled"))
 
 
 def test_deterministic_backward_repeats_bit_for_bit() -> None:

@@ -49,7 +49,7 @@ def copy_of_tree(source: pathlib.Path) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The wheel as it is without FLASH_ROCM_BUILD."""
+    """The wheel without a compiled library."""
     return build_wheel(copy_of_tree(tmp_path_factory.mktemp("source")), tmp_path_factory.mktemp("wheel"), {})
 
 
@@ -66,7 +66,9 @@ def build_wheel(source: pathlib.Path, out: pathlib.Path, variables: dict[str, st
         str(out),
         str(source),
     ]
-    built = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
+    built = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "FLASH_ROCM_BUILD": "none", **variables}
+    )
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = out.glob("*.whl")
     return path
@@ -93,28 +95,29 @@ done
 """
 
 
-def test_a_wheel_with_the_compiled_library(tmp_path: pathlib.Path) -> None:
-    """All of a build but the compiler of HIP and Composable Kernel, which make ck has: files, name, tag, version."""
+def pretended_rocm(folder: pathlib.Path) -> dict[str, str]:
+    """A ROCm and a Composable Kernel that a build takes for real; the variables that name them."""
     if shutil.which("g++") is None or not shutil.which("ninja", path=f"{pathlib.Path(sys.executable).parent}:/usr/bin"):
         pytest.skip("needs g++ and ninja")
-    source = copy_of_tree(tmp_path / "source")
     for name in ("rocm/lib/llvm/bin/clang++", "rocm/include/hip/hip_runtime.h", "ck/include/ck_tile/core.hpp"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    compiler = tmp_path / "rocm/lib/llvm/bin/clang++"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    compiler = folder / "rocm/lib/llvm/bin/clang++"
     compiler.write_text(FAKE_COMPILER)
     compiler.chmod(0o755)
-    example = tmp_path / "ck/example/ck_tile/01_fmha"
+    example = folder / "ck/example/ck_tile/01_fmha"
     example.mkdir(parents=True)
     (example / "fmha_fwd.hpp").touch()
-    variables = {
+    return {"ROCM_HOME": str(folder / "rocm"), "CK_HOME": str(folder / "ck"), "MAX_JOBS": "1", "CCACHE_DISABLE": "1"}
+
+
+def test_a_wheel_with_the_compiled_library(tmp_path: pathlib.Path) -> None:
+    """All of a build but the compiler of HIP and Composable Kernel, which make ck has: files, name, tag, version."""
+    source = copy_of_tree(tmp_path / "source")
+    variables = pretended_rocm(tmp_path) | {
         "FLASH_ROCM_BUILD": "ck",
         "FLASH_ROCM_ARCHS": "gfx90a;gfx942",
         "FLASH_ROCM_INSTANCES": "*bf16_d128*",
-        "ROCM_HOME": str(tmp_path / "rocm"),
-        "CK_HOME": str(tmp_path / "ck"),
-        "MAX_JOBS": "1",
-        "CCACHE_DISABLE": "1",
     }
     path = build_wheel(source, tmp_path / "out", variables)
     assert (
@@ -177,7 +180,8 @@ def from_sdist(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The wheel that the source distribution gives."""
     source, out = copy_of_tree(tmp_path_factory.mktemp("tree")), tmp_path_factory.mktemp("sdist")
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
-    built = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    pure = {**os.environ, "FLASH_ROCM_BUILD": "none"}
+    built = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, env=pure)
     assert built.returncode == 0, built.stdout + built.stderr
     (archive,) = out.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -396,32 +400,46 @@ def test_import_is_quick(installed: pathlib.Path) -> None:
     assert times[2] < IMPORT_LIMIT_S, times
 
 
+def test_an_editable_install_with_the_compiled_library(tmp_path: pathlib.Path) -> None:
+    """What is built stands in the tree, where the package is found."""
+    source = copy_of_tree(tmp_path / "source")
+    variables = pretended_rocm(tmp_path) | {"FLASH_ROCM_BUILD": "ck", "FLASH_ROCM_INSTANCES": "forward_bf16_d64_dense"}
+    code = f"from setuptools import build_meta; print(build_meta.build_editable({str(tmp_path)!r}))"
+    child = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, env={**os.environ, **variables}, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert "+ck.gfx90a.gfx942-" in child.stdout.split()[-1]
+    (instance,) = json.loads((source / "ck_backend/instances.json").read_text())["instances"]
+    assert instance["headdim"] == 64
+    assert all((source / "ck_backend" / name).is_file() for name in ("_C.so", "_hip_stand_in.so"))
+
+
 def test_composable_kernel_is_the_default_where_rocm_is(tmp_path: pathlib.Path) -> None:
     """Told by the version of what would be built; where pip isolates a build, there is no torch to compile against."""
-    header = tmp_path / "include/hip/hip_runtime.h"
-    header.parent.mkdir(parents=True)
-    header.touch()
+    variables = pretended_rocm(tmp_path)
 
-    def version_of(home: pathlib.Path, before: str = "pass", **variables: str) -> tuple[str, str]:
+    def version_of(before: str = "pass", **changes: str) -> tuple[str, str]:
         code = f"import runpy, sys; {before}; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py')"
         left_out = ("FLASH_ROCM_BUILD", "FLASH_ROCM_ARCHS", "GPU_ARCHS")
         inherited = {name: value for name, value in os.environ.items() if name not in left_out}
-        child = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env={**inherited, "ROCM_HOME": str(home), **variables},
-            capture_output=True, text=True,
-        )  # fmt: skip
+        environment = inherited | variables | changes
+        child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert child.returncode == 0, child.stderr
         return child.stdout.split()[-1].partition("+")[2], child.stderr
 
-    local, said = version_of(tmp_path)
-    assert local == "ck.gfx90a.gfx942" and f"ck, for ROCm is in {tmp_path}" in said
-    assert version_of(tmp_path, FLASH_ROCM_ARCHS="gfx942")[0] == "ck.gfx942"
+    local, said = version_of()
+    assert local == "ck.gfx90a.gfx942" and f"FLASH_ROCM_BUILD: ck, for ROCm is in {tmp_path / 'rocm'}" in said
+    assert version_of(FLASH_ROCM_ARCHS="gfx942")[0] == "ck.gfx942"
     for nothing in (
-        version_of(tmp_path, FLASH_ROCM_BUILD="none"),
-        version_of(tmp_path / "none"),
-        version_of(tmp_path, before="sys.modules['torch'] = None"),
+        version_of(FLASH_ROCM_BUILD="none"),
+        version_of(ROCM_HOME=str(tmp_path / "none")),
+        version_of(before="sys.modules['torch'] = None"),
     ):
         assert nothing[0] == "" and "FLASH_ROCM_BUILD" not in nothing[1]
+    (tmp_path / "rocm/lib/llvm/bin/clang++").unlink()
+    local, said = version_of()
+    assert local == "" and "FLASH_ROCM_BUILD: none, though ROCm is in" in said and "got '" in said
 
 
 @pytest.mark.parametrize(

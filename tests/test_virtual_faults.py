@@ -220,7 +220,7 @@ def test_lds_atomics_race_with_loads_and_stores_only(order: str) -> None:
 def test_lds_atomics_need_a_value_and_a_wait() -> None:
     with pytest.raises(UninitialisedRead, match="LDS byte 0"):
         run_lines(ATOMIC.format("ds_add_u32 v1, v2"))
-    with pytest.raises(MissingWait, match="reads LDS byte 0 .* wave . changed, and had not waited for .* barrier"):
+    with pytest.raises(MissingWait, match="reads LDS byte 0 .* wave . changed before the last barrier without"):
         run_lines(ATOMIC.format(ZERO + "ds_add_u32 v1, v2\n s_barrier\n ds_read_b32 v3, v1"), waves=2)
 
 
@@ -286,7 +286,7 @@ def test_lds_writes_not_waited_for_at_a_barrier(order: str) -> None:
     for does, access in (("reads", ("ds_read_b32 v3,", "")), ("writes", ("ds_write_b32", ", v0"))):
         for after in ("", wait):
             missing = lines.format("", after, *access)
-            with pytest.raises(MissingWait, match=f"{does} LDS byte .* had not waited for .* the last barrier"):
+            with pytest.raises(MissingWait, match=f"{does} LDS byte .* before the last barrier without waiting"):
                 run_lines(missing, waves=2, order=order)
             run_lines(missing, waves=2, order=order, checks=Checks(barrier_waits=False))
         run_lines(lines.format(wait, "", *access), waves=2, order=order)

@@ -11,7 +11,8 @@ class Checks:
 
     Attributes:
         waits: a loaded register or LDS word is used before its s_waitcnt.
-        barrier_waits: LDS is touched after a barrier that the wave which wrote it entered without waiting for that.
+        barrier_waits: LDS is touched after a barrier that the wave which wrote it entered without waiting for that;
+            needs ``races``.
         registers: a register is read that nothing has written.
         lds: LDS is read that nothing has written.
         memory: memory added with ``initialised=False`` is read before it is written.

@@ -339,7 +339,7 @@ class LdsShadow:
         workgroup, place = divmod(unit, self.per_workgroup)
         what = f"wave {wave} {does} LDS byte {place * self.granule} of workgroup {workgroup} of the batch, which"
         if did != "read" and int(self.late[workgroup]) >> other & 1:
-            raise MissingWait(f"{what} wave {other} {did}, and had not waited for when it entered the last barrier")
+            raise MissingWait(f"{what} wave {other} {did} before the last barrier without waiting for it, or since")
         raise LdsRace(f"{what} wave {other} {did} since the last barrier")
 
     def barrier(self, workgroups: np.ndarray, late: np.ndarray | None) -> None:
