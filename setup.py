@@ -42,14 +42,16 @@ def build_request() -> str:
 
 def default_request() -> str:
     """ck where ROCm is found and what a build needs.  In a build that pip isolates there is no torch, and so none."""
-    rocm = pathlib.Path(os.environ.get("ROCM_HOME") or "/opt/rocm")
-    if not (rocm / "include/hip/hip_runtime.h").is_file() or importlib.util.find_spec("torch") is None:
+    if importlib.util.find_spec("torch") is None:
         return "none"
     mount()
     from flash_rocm._ck import build
 
     from flash_rocm import runtime
 
+    rocm = pathlib.Path(runtime.rocm_home())
+    if not (rocm / "include/hip/hip_runtime.h").is_file():
+        return "none"
     if why := build.why_not(runtime.build_request()):
         print(f"FLASH_ROCM_BUILD: none, though ROCm is in {rocm}: {why}", file=sys.stderr)
         return "none"

@@ -1,4 +1,4 @@
-"""The Composable Kernel back end as selection loads it; see :class:`flash_rocm.backends.Backend`."""
+"""The Composable Kernel back end as selection loads it; see :class:`flash_rocm.protocols.Backend`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _new(x: torch.Tensor, shape: Sequence[int], varlen: bool) -> torch.Tensor:
 
 
 def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and softmax_lse of one call; see :class:`flash_rocm.backends.Backend`."""
+    """out and softmax_lse of one call; see :class:`flash_rocm.protocols.Backend`."""
     number, instance, operators = instance_of("forward", problem, inputs.q.device)
     q, k, v = aligned(inputs.q), _widened(inputs.k, instance.headdim), aligned(inputs.v)
     slopes = inputs.alibi_slopes.contiguous() if inputs.alibi_slopes is not None else None
@@ -82,7 +82,7 @@ def backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """dq, dk, dv and no dsinks of one call; see :class:`flash_rocm.backends.Backend`.
+    """dq, dk, dv and no dsinks of one call; see :class:`flash_rocm.protocols.Backend`.
 
     delta, the row sums of out * dout, less a gradient of softmax_lse; the gradients, with dq summed up in float32, by
     atomic additions or, deterministic, in one part for each block of keys; dq added up and converted.  Heads that share

@@ -132,13 +132,13 @@ def num_splits_of(problem: AttentionProblem, instance: CkInstance, arch: Arch, r
 
 
 def splits_of(problem: AttentionProblem, device: torch.device) -> int:
-    """Into how many parts keys are divided; see :class:`flash_rocm.backends.Backend`."""
+    """Into how many parts keys are divided; see :class:`flash_rocm.protocols.Backend`."""
     _, instance, _ = instance_of("splitkv", problem, device)
     return num_splits_of(problem, instance, virtual_device.arch_of(device), problem.batch * problem.seqlen_q)
 
 
 def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and softmax_lse over a K/V cache; see :class:`flash_rocm.backends.Backend`."""
+    """out and softmax_lse over a K/V cache; see :class:`flash_rocm.protocols.Backend`."""
     number, instance, operators = instance_of("splitkv", problem, inputs.q.device)
     q = auxiliary.rotated(launch, problem, inputs) if problem.rotary_dim else inputs.q
     keys = _keys_of(problem, inputs, instance.tile[1])
@@ -212,7 +212,7 @@ def _check_contents(problem: AttentionProblem, inputs: CacheInputs, keys: _Keys)
 
 
 def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
-    """Write k_new and v_new into the caches; see :class:`flash_rocm.backends.Backend`."""
+    """Write k_new and v_new into the caches; see :class:`flash_rocm.protocols.Backend`."""
     auxiliary.append(launch, problem, inputs)
 
 

@@ -9,13 +9,14 @@ import torch
 
 from flash_rocm import backends, runtime, virtual_device
 from flash_rocm.problem import AttentionProblem
+from flash_rocm.protocols import Backend
 
 
 class Decision(NamedTuple):
     """A problem and what runs it."""
 
     problem: AttentionProblem
-    backend: backends.Backend
+    backend: Backend
     is_empty: bool  # nothing to attend to, or nobody to attend: no kernel is launched
     virtual: str  # arch of the virtual GPU that the call is pinned to, or ""
 

@@ -13,6 +13,7 @@ import torch
 import flash_rocm
 from flash_rocm import backends, ops
 from flash_rocm.problem import FEATURES, AttentionInputs, AttentionProblem
+from flash_rocm.protocols import Backend
 from flash_rocm.testing import Case, assert_attention_close
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
@@ -107,7 +108,7 @@ class Received(NamedTuple):
 class _Recorder:
     """Stands for a back end, notes every call and passes it on."""
 
-    def __init__(self, name: str, real: backends.Backend, log: list[Received]) -> None:
+    def __init__(self, name: str, real: Backend, log: list[Received]) -> None:
         self.name, self.real, self.log = name, real, log
 
     def __getattr__(self, direction: str) -> Any:

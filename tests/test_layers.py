@@ -37,8 +37,9 @@ LEAF_PACKAGES = {
 #: What a module may import of flash_rocm; a module that is not named here is outside (cli, demo, ...).
 ALLOWED = {
     **dict.fromkeys(LEAVES, LEAVES),
-    "flash_rocm.backends": LEAVES,
-    "flash_rocm.decision": LEAVES | {"flash_rocm.backends"},
+    "flash_rocm.protocols": LEAVES,
+    "flash_rocm.backends": LEAVES | {"flash_rocm.protocols"},
+    "flash_rocm.decision": LEAVES | {"flash_rocm.backends", "flash_rocm.protocols"},
     "flash_rocm.ops": LEAVES | {"flash_rocm.decision"},
     "flash_rocm.cache_ops": LEAVES | {"flash_rocm.decision", "flash_rocm.ops"},
     "flash_rocm.attend": LEAVES | {"flash_rocm.ops"},

@@ -1,4 +1,4 @@
-"""The Triton back end as selection loads it; see :class:`flash_rocm.backends.Backend`."""
+"""The Triton back end as selection loads it; see :class:`flash_rocm.protocols.Backend`."""
 
 from __future__ import annotations
 

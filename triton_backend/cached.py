@@ -64,7 +64,7 @@ def _is_same(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 
 def splits_of(problem: AttentionProblem, device: torch.device) -> int:
-    """Into how many parts keys are divided; see :class:`flash_rocm.backends.Backend`."""
+    """Into how many parts keys are divided; see :class:`flash_rocm.protocols.Backend`."""
     arch = virtual_device.arch_of(device)
     # Of the tensors only their shapes are known here.
     v_is_k2, plain = is_absorbed(problem), is_plain(problem)
@@ -148,7 +148,7 @@ def _route_of(
 
 
 def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and softmax_lse over a K/V cache; see :class:`flash_rocm.backends.Backend`."""
+    """out and softmax_lse over a K/V cache; see :class:`flash_rocm.protocols.Backend`."""
     parts = q_1, k_1, q_2, k_2 = parts_of(problem, inputs)
     v_is_k2 = plain = False
     if q_2 is not q_1:
@@ -280,7 +280,7 @@ def _combine_parts(
 def combine(
     problem: AttentionProblem, out_partial: torch.Tensor, lse_partial: torch.Tensor, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of results over disjoint sets of keys; see :class:`flash_rocm.backends.Backend`."""
+    """out and lse of results over disjoint sets of keys; see :class:`flash_rocm.protocols.Backend`."""
     if out_dtype != torch.float64 and (launch := cuda_library.launch_of("combine", out_partial.device)) is not None:
         return auxiliary.combine(launch, out_partial, lse_partial, out_dtype)
     if out_partial.stride(-1) != 1:
@@ -339,7 +339,7 @@ def _fixed_plan(kernel: str, constants: dict[str, Any], warps: int) -> Plan:
 
 
 def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
-    """Write k_new and v_new into the caches; see :class:`flash_rocm.backends.Backend`."""
+    """Write k_new and v_new into the caches; see :class:`flash_rocm.protocols.Backend`."""
     if (launch := cuda_library.launch_of("append", inputs.k.device)) is not None:
         auxiliary.append(launch, problem, inputs)
         return

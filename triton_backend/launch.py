@@ -359,7 +359,7 @@ def _new(x: torch.Tensor, shape: Sequence[int], varlen: bool) -> torch.Tensor:
 
 
 def forward(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and softmax_lse of one call; see :class:`flash_rocm.backends.Backend`."""
+    """out and softmax_lse of one call; see :class:`flash_rocm.protocols.Backend`."""
     q, k, v, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, logits, _ = inputs
     if logits is not None:
         logits = logits.contiguous()
@@ -396,7 +396,7 @@ def backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """dq, dk, dv and dsinks of one call; see :class:`flash_rocm.backends.Backend`.
+    """dq, dk, dv and dsinks of one call; see :class:`flash_rocm.protocols.Backend`.
 
     Two launches: dQ, which also leaves delta in a (batch, nheads, seqlen_q) float32 buffer, then
     dK and dV, which reads it.  dsinks is a sum over that buffer.
@@ -444,7 +444,7 @@ def _dsinks(inputs: AttentionInputs, softmax_lse: torch.Tensor, delta: torch.Ten
 
 
 def probs(problem: AttentionProblem, inputs: AttentionInputs, softmax_lse: torch.Tensor) -> torch.Tensor:
-    """S_dmask (batch, nheads, seqlen_q, seqlen_k); see :class:`flash_rocm.backends.Backend`."""
+    """S_dmask (batch, nheads, seqlen_q, seqlen_k); see :class:`flash_rocm.protocols.Backend`."""
     q, k, _, cu_seqlens_q, cu_seqlens_k, slopes, rng_state, *_ = inputs
     softmax_lse = softmax_lse.contiguous()
     configs = runtime.config_source()

@@ -1,4 +1,4 @@
-"""Host side of the layers' kernels; see :class:`flash_rocm.backends.LayerBackend`."""
+"""Host side of the layers' kernels; see :class:`flash_rocm.protocols.LayerBackend`."""
 
 from __future__ import annotations
 

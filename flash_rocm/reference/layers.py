@@ -1,4 +1,4 @@
-"""The layers in plain torch, on any device; see :class:`flash_rocm.backends.LayerBackend`."""
+"""The layers in plain torch, on any device; see :class:`flash_rocm.protocols.LayerBackend`."""
 
 from __future__ import annotations
 
