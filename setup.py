@@ -50,7 +50,7 @@ def default_request() -> str:
     from flash_rocm import runtime
 
     rocm = pathlib.Path(runtime.rocm_home())
-    if not (rocm / "include/hip/hip_runtime.h").is_file():
+    if not build.is_rocm(rocm):
         return "none"
     if why := build.why_not(runtime.build_request()):
         print(f"FLASH_ROCM_BUILD: none, though ROCm is in {rocm}: {why}", file=sys.stderr)

@@ -33,8 +33,8 @@ OLDEST_CLANG = 20
 DEFAULT_ARCHS = ck_instances.TESTED_ARCHS
 #: A job of the compiler at its largest.
 BYTES_PER_JOB = 1_200_000_000
-#: The stable ABI of torch that the binding is compiled for, which the oldest version has that files.OLDEST_TORCH names.
-TORCH_TARGET = "0x020a000000000000"
+#: The stable ABI of torch that the binding is compiled for.
+TORCH_TARGET = "0x{:02x}{:02x}000000000000".format(*files.OLDEST_TORCH)
 #: Composable Kernel's own, with bf16 rounded to nearest: exp2 without a base change, and two passes of LLVM told not
 #: to undo the order of instructions that the pipelines ask for.  The linker would warn of each bitcode module of the
 #: stand-in root, which holds one constant and no data layout.
@@ -152,6 +152,11 @@ def _find_rocm(home: str, stand_in: pathlib.Path) -> tuple[pathlib.Path, str]:
     return root or rocm_root.make(stand_in), compiler
 
 
+def is_rocm(root: pathlib.Path) -> bool:
+    """Whether a folder has the headers of HIP."""
+    return (root / "include/hip/hip_runtime.h").is_file()
+
+
 def find_hip_compiler(home: str) -> tuple[pathlib.Path | None, str]:
     """A compiler and the ROCm that it is of: that of ``ROCM_HOME``, that of /opt/rocm, or LLVM's clang and None.
 
@@ -160,7 +165,7 @@ def find_hip_compiler(home: str) -> tuple[pathlib.Path | None, str]:
     """
     root = pathlib.Path(home or "/opt/rocm")
     for inside in ("lib/llvm/bin/clang++", "llvm/bin/clang++", "bin/amdclang++"):
-        if (root / inside).is_file() and (root / "include/hip/hip_runtime.h").is_file():
+        if (root / inside).is_file() and is_rocm(root):
             return root, str(root / inside)
     if home:
         raise BuildError(

@@ -35,14 +35,10 @@ def program(path: pathlib.Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def pretend(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """Set the environment to them, to a Composable Kernel without contents, and to a cache, all in a folder.
-
-    Returns the file of what they were asked to make, see :func:`made`.
-    """
-    programs, rocm, ck = folder / "programs", folder / "rocm", folder / "ck"
-    for path in (programs / "g++", programs / "gcc", rocm / "lib/llvm/bin/clang++"):
-        program(path, PROGRAM)
+def sources(folder: pathlib.Path, compiler: str) -> dict[str, str]:
+    """A ROCm with a program for its compiler, an empty Composable Kernel, and the variables that name them."""
+    rocm, ck = folder / "rocm", folder / "ck"
+    program(rocm / "lib/llvm/bin/clang++", compiler)
     for path in (
         rocm / "include/hip/hip_runtime.h",
         ck / "include/ck_tile/core.hpp",
@@ -50,16 +46,25 @@ def pretend(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+    return {"ROCM_HOME": str(rocm), "CK_HOME": str(ck), "CCACHE_DISABLE": "1"}
+
+
+def pretend(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """Set the environment to them, to a Composable Kernel without contents, and to a cache, all in a folder.
+
+    Returns the file of what they were asked to make, see :func:`made`.
+    """
+    programs = folder / "programs"
+    for name in ("g++", "gcc"):
+        program(programs / name, PROGRAM)
     log = folder / "made.txt"
     log.touch()
-    for name, value in {
+    variables = {
         "PATH": f"{programs}:{os.environ['PATH']}",
-        "ROCM_HOME": str(rocm),
-        "CK_HOME": str(ck),
         "FLASH_ROCM_CACHE_DIR": str(folder / "cache"),
         "PRETEND_LOG": str(log),
-        "CCACHE_DISABLE": "1",
-    }.items():
+    }
+    for name, value in (variables | sources(folder, PROGRAM)).items():
         monkeypatch.setenv(name, value)
     return log
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from ck_compiler import made, pretend, program
 from ck_library import ARCHS, library_of_tests
+from config_files import write
 from flash_rocm._ck import backend, build, build_cuda, cached, generate, library
 
 from flash_rocm import backends, ck_instances, cli, config, files, runtime
@@ -181,12 +182,10 @@ def test_info_says_for_which_chips_the_library_is(
     assert len(reasons) == 1  # once
 
 
-def configs_with(folder: pathlib.Path, change: dict[str, Any]) -> str:
-    """A folder of configs with the first entry of gfx942 once more, changed, behind the others."""
-    shipped = config.file_contents("gfx942")
+def configs_with(folder: pathlib.Path, entries: list[dict[str, Any]]) -> str:
+    """A folder of configs with other ck entries of gfx942 than the shipped ones."""
     folder.mkdir()
-    entries = [*shipped["ck"], shipped["ck"][0] | change]
-    (folder / "gfx942.json").write_text(json.dumps(shipped | {"ck": entries}))
+    write(folder, **(config.file_contents("gfx942") | {"ck": entries}))
     return str(folder)
 
 
@@ -195,7 +194,8 @@ def test_instances_that_two_entries_make(
     change: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second would never run, and its source would lie in the file of the first."""
-    folder = configs_with(tmp_path / "configs", change)
+    shipped = config.file_contents("gfx942")["ck"]
+    folder = configs_with(tmp_path / "configs", [*shipped, shipped[0] | change])
     words = re.escape("ck[12]: expected each instance of gfx942 once, got forward_fp16_d64_dense")
     with pytest.raises(ConfigError, match=f"{words}.*gfx942.json ck\\[0\\] makes too. Hint: take it out"):
         generate.units_of(["gfx942"], folder=folder)
@@ -249,12 +249,10 @@ def test_only_what_changed_is_compiled_again(
     assert "[1/22] " in said and "[22/22] " in said and "forward_bf16_d64_dense for gfx942" in said
     assert built() == []
     assert "no work to do" in capfd.readouterr().out
-    shipped = config.file_contents("gfx942")
-    entries = [entry | ({"occupancy": 1} if entry["tile"][-1] == 256 else {}) for entry in shipped["ck"]]
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs/gfx942.json").write_text(json.dumps(shipped | {"ck": entries}))
+    shipped = config.file_contents("gfx942")["ck"]
+    entries = [entry | ({"occupancy": 1} if entry["tile"][-1] == 256 else {}) for entry in shipped]
     changed = [f"{unit.name}.o" for unit in forwards() if unit.instance.headdim == 256]
-    assert built(str(tmp_path / "configs")) == sorted(["_C.so", *changed]) and len(changed) == 2
+    assert built(configs_with(tmp_path / "configs", entries)) == sorted(["_C.so", *changed]) and len(changed) == 2
 
 
 def forwards() -> list[generate.Unit]:

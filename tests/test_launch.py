@@ -10,7 +10,7 @@ import matrix
 import pytest
 import torch
 
-from flash_rocm import config, ops, runtime
+from flash_rocm import backends, config, ops, runtime
 from flash_rocm.problem import AttentionProblem, layout_of
 from flash_rocm.testing import Case, assert_attention_close, make_inputs, make_problem
 
@@ -161,6 +161,7 @@ def test_warm_launches_of_other_totals(order: tuple[int, ...]) -> None:
         data = make_inputs(problem, which, seqlens_q=LENGTHS[which][0], seqlens_k=LENGTHS[which][1], poison=True)
         results, _ = _through_the_operator(problem, data)
         assert_attention_close(problem, data, *results)
+    assert backends.load("triton").forward is launch.forward
 
 
 @pytest.mark.interpret

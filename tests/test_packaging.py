@@ -13,6 +13,7 @@ import tarfile
 import textwrap
 import zipfile
 
+import ck_compiler
 import clean_environment
 import pytest
 from test_cuda_library import nvcc_that_says
@@ -99,16 +100,7 @@ def pretended_rocm(folder: pathlib.Path) -> dict[str, str]:
     """A ROCm and a Composable Kernel that a build takes for real; the variables that name them."""
     if shutil.which("g++") is None or not shutil.which("ninja", path=f"{pathlib.Path(sys.executable).parent}:/usr/bin"):
         pytest.skip("needs g++ and ninja")
-    for name in ("rocm/lib/llvm/bin/clang++", "rocm/include/hip/hip_runtime.h", "ck/include/ck_tile/core.hpp"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    compiler = folder / "rocm/lib/llvm/bin/clang++"
-    compiler.write_text(FAKE_COMPILER)
-    compiler.chmod(0o755)
-    example = folder / "ck/example/ck_tile/01_fmha"
-    example.mkdir(parents=True)
-    (example / "fmha_fwd.hpp").touch()
-    return {"ROCM_HOME": str(folder / "rocm"), "CK_HOME": str(folder / "ck"), "MAX_JOBS": "1", "CCACHE_DISABLE": "1"}
+    return ck_compiler.sources(folder, FAKE_COMPILER) | {"MAX_JOBS": "1"}
 
 
 def test_a_wheel_with_the_compiled_library(tmp_path: pathlib.Path) -> None:
