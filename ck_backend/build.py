@@ -47,10 +47,8 @@ _HOST_CODE = ("status.cpp", "core.cpp", "binding.cpp", "auxiliary_binding.cpp")
 _CXX_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}")
 
 
-COMPILER_FAILED = (
-    "a compiler failed: its text is above. Hint: MAX_JOBS=1 where memory is what ran out, CCACHE_DISABLE=1 where "
-    "ccache cannot write"
-)
+COMPILER_FAILED = "a compiler failed: its text is above. Hint: MAX_JOBS=1 where memory is what ran out"
+_CCACHE_HINT = ", CCACHE_DISABLE=1 where ccache cannot write"
 #: What an error shows of a log.
 _LAST_LINES = 15
 
@@ -355,7 +353,7 @@ def _make(
     (out / ck_instances.MANIFEST).unlink(missing_ok=True)
     if not file.run(toolchain.ninja, toolchain.jobs, log):
         if log is None:
-            raise BuildError(COMPILER_FAILED)
+            raise BuildError(COMPILER_FAILED + (_CCACHE_HINT if toolchain.ccache else ""))
         lines = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
         raise BuildError("\n".join(["a compiler failed; the end of what it said:", *lines]))
     contents = ck_instances.manifest(archs, [unit.instance for unit in units], toolchain.describe())

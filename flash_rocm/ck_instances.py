@@ -12,7 +12,8 @@ import functools
 import pathlib
 
 from flash_rocm import ck_store, config, files, runtime
-from flash_rocm.config_schema import CK_VARIANTS, CkConfig, ConfigError, check_object
+from flash_rocm.config_checks import check_object
+from flash_rocm.config_schema import CK_VARIANTS, CkConfig, ConfigError
 from flash_rocm.problem import AttentionProblem
 from flash_rocm.runtime import OnDemand
 

@@ -20,9 +20,10 @@ One file per arch, ``<arch>.json``; ``generic.json`` serves archs without one.  
                 "variants": [["masked"], ["varlen", "masked"], ...], "provenance": ...}
                                                         an instance to compile for each dtype and variant
 
-``flash_rocm/config_schema.py`` says what each value means and checks it.  The user's overrides, in the order
-of their strength: ``FLASH_ROCM_KERNEL_CONFIG``, ``FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON`` (forward only),
-entries that were tuned on this machine (``flash_rocm/tuned.py``) and the files in ``FLASH_ROCM_CONFIG_DIR``.
+``flash_rocm/config_schema.py`` says what each value means, ``flash_rocm/config_checks.py`` checks it.  The user's
+overrides, in the order of their strength: ``FLASH_ROCM_KERNEL_CONFIG``, ``FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON``
+(forward only), entries that were tuned on this machine (``flash_rocm/tuned.py``) and the files in
+``FLASH_ROCM_CONFIG_DIR``.
 """
 
 from __future__ import annotations
@@ -35,16 +36,8 @@ import pathlib
 from typing import Any, NamedTuple
 
 from flash_rocm import runtime
-from flash_rocm.config_schema import (
-    ArchConfigs,
-    ConfigError,
-    Facts,
-    KernelConfig,
-    check_file,
-    check_kernel_overrides,
-    check_options,
-    check_reach,
-)
+from flash_rocm.config_checks import check_file, check_kernel_overrides, check_options, check_reach
+from flash_rocm.config_schema import ArchConfigs, ConfigError, Facts, KernelConfig
 from flash_rocm.runtime import ConfigSource
 
 #: Keys that flash-attn's users give to FLASH_ATTENTION_FWD_TRITON_AMD_CONFIG_JSON.

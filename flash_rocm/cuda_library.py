@@ -16,7 +16,8 @@ import torch
 
 from flash_rocm import config, files, runtime
 from flash_rocm.auxiliary import Launch
-from flash_rocm.config_schema import ConfigError, check_object
+from flash_rocm.config_checks import check_object
+from flash_rocm.config_schema import ConfigError
 from flash_rocm.runtime import Arch, ConfigSource
 
 MANIFEST, LIBRARY = "cuda.json", "_CUDA.so"

@@ -24,17 +24,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flash_rocm import config, files, runtime
-from flash_rocm.config_schema import (
-    VERSION,
-    ConfigError,
-    Facts,
-    KernelConfig,
-    Limits,
-    Provenance,
-    check_all_options,
-    check_object,
-    check_provenance,
-)
+from flash_rocm.config_checks import check_all_options, check_object, check_provenance
+from flash_rocm.config_schema import VERSION, ConfigError, Facts, KernelConfig, Limits, Provenance
 
 #: Buckets of lengths are powers of two between these: below, a call is one tile, above, nothing changes any more.
 SEQLENS = (128, 32768)

@@ -268,3 +268,19 @@ def test_ccache_is_asked_first(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     asked = (tmp_path / "asked.txt").read_text().split()
     assert {"forward_bf16_d64_dense.o", "binding.o", "_C.so"} <= set(made(log))
     assert (asked.count("clang++"), asked.count("g++")) == (3, 5)
+
+
+@pytest.mark.parametrize("ccache", (False, True))
+def test_a_compiler_that_fails(ccache: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hint names ccache where it is asked."""
+    pretend(tmp_path, monkeypatch)
+    program(tmp_path / "programs/g++", "#!/bin/sh\nexit 1\n")
+    if ccache:
+        program(tmp_path / "programs/ccache", '#!/bin/sh\nexec "$@"\n')
+    request = runtime.build_request()._replace(archs=("gfx942",), instances="forward_bf16_d64_dense", max_jobs="1")
+    hint = "MAX_JOBS=1 where memory is what ran out" + (
+        ", CCACHE_DISABLE=1 where ccache cannot write" if ccache else ""
+    )
+    with pytest.raises(build.BuildError) as error:
+        build.build(request, tmp_path / "work", tmp_path / "out")
+    assert str(error.value) == f"a compiler failed: its text is above. Hint: {hint}"

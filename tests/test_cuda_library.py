@@ -96,6 +96,24 @@ def test_a_build(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd:
     assert found is not None and found.folder == out and found.runs_on(SM90)
 
 
+def test_a_compiler_that_fails(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What it said, and a hint that says nothing of ccache, which this build does not ask."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    home = nvcc_that_says(tmp_path / "cuda-13", "Cuda compilation tools, release 13.0, V13.0.48")
+    nvcc = home / "bin/nvcc"
+    nvcc.write_text(nvcc.read_text().replace("exit 0", "echo no such kernel >&2; exit 1"))
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    out = tmp_path / "cache/cuda"
+    assert cli.main(["build", "--cuda", "--arch", "sm90", "--jobs", "1", "--output", str(out)]) == 1
+    said = capfd.readouterr()
+    assert "no such kernel" in said.out + said.err
+    end = "a compiler failed: its text is above. Hint: MAX_JOBS=1 where memory is what ran out\n"
+    assert said.err.endswith(end) and not (out / "cuda.json").exists()
+
+
 @pytest.mark.parametrize(
     ("archs", "words"),
     [

@@ -58,7 +58,7 @@ BARRIERS = {
 @pytest.mark.parametrize("order", ["lockstep", "forward", "reverse", "shuffled:1"])
 @pytest.mark.parametrize("arch", BARRIERS)
 def test_barrier(arch: str, order: str) -> None:
-    """Each of two waves reads what the other one wrote; without the barrier that is caught in every order."""
+    """Each of two waves reads what the other one wrote; without the barrier or the wait before it that is caught."""
     lanes = lanes_of(arch)
     lines = f"""
         v_lshlrev_b32_e32 v1, 2, v0
@@ -86,6 +86,11 @@ def test_barrier(arch: str, order: str) -> None:
             np.testing.assert_array_equal(registers.vgprs[3, wave], np.arange(lanes) + (1 - number) * lanes)
     with pytest.raises((LdsRace, UninitialisedRead)):
         launch(lines.replace("BARRIER", ""))
+    # The wait behind the first instruction of the barrier, with which the wave has entered it.
+    first, *others = BARRIERS[arch]
+    late = lines.replace("BARRIER", "\n".join([first, "s_waitcnt lgkmcnt(0)", *others]))
+    with pytest.raises(MissingWait, match="before the last barrier without waiting"):
+        launch(late.replace("s_waitcnt lgkmcnt(0)", "", 1))
 
 
 LOADS = {

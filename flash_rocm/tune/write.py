@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flash_rocm import config, files
-from flash_rocm.config_schema import check_file
+from flash_rocm.config_checks import check_file
 from flash_rocm.tuned import PAGES, SEQLENS, CacheTuneKey, Outcome, TuneKey
 
 #: Sides of the buckets that take everything shorter and longer.

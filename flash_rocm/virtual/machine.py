@@ -218,6 +218,12 @@ class Group:
         self.S[row] = value & np.uint64(0xFFFFFFFF)
         self.S[row + 1] = value >> np.uint64(32)
 
+    def enter_barrier(self) -> None:
+        """The waves enter a barrier: note what they have not waited for, where the launch looks for that."""
+        m = self.m
+        if m.tracker is not None and m.checks.barrier_waits and m.checks.waits:
+            m.tracker.enter_barrier(self)
+
     def where(self) -> tuple[tuple[int, int], ...]:
         """(workgroup of the launch, wave) of the first few waves."""
         few = self.index[:4]

@@ -158,9 +158,4 @@ def _barrier_signal(b: Builder) -> Handler:
     """The barrier of the workgroup; the wait that follows is where waves meet here."""
     if b.expect(0, ("int", "hex")).number != -1:
         raise b.unsupported("a named barrier")
-
-    def run(g: Group) -> None:
-        if g.m.tracker is not None and g.m.checks.barrier_waits and g.m.checks.waits:
-            g.m.tracker.enter_barrier(g)
-
-    return run
+    return Group.enter_barrier

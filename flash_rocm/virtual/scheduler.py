@@ -179,8 +179,7 @@ class Scheduler:
             m.pc[group.sel] = np.where(taken, block.target, block.next)
             return None
         if block.end == "barrier":
-            if m.tracker is not None and m.checks.barrier_waits and m.checks.waits:
-                m.tracker.enter_barrier(group)
+            group.enter_barrier()
             m.status[group.sel] = AT_BARRIER
             m.pc[group.sel] = block.next
             return None
