@@ -200,6 +200,13 @@ def _check_contents(problem: AttentionProblem, inputs: CacheInputs, keys: _Keys)
     for x in (inputs.seqused_k, inputs.leftpad_k):
         if x is not None:
             bad_length = bad_length | (x < 0) | (x > capacity)
+    if inputs.cu_seqlens_k is not None:
+        starts, rows = inputs.cu_seqlens_k[:-1], inputs.cu_seqlens_k.diff()
+        if inputs.is_packed:
+            used = rows if inputs.seqused_k is None else inputs.seqused_k
+            bad_length = bad_length | (starts < 0) | (rows < 0) | (starts > capacity - rows) | (used > rows)
+        elif inputs.seqused_k is None:
+            bad_length = bad_length | (rows < 0) | (rows > capacity)
     if inputs.cache_batch_idx is not None:
         bad_entry = (inputs.cache_batch_idx < 0) | (inputs.cache_batch_idx >= pages)
     if inputs.block_table is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from flash_rocm.problem import MAX_SEQLEN, CacheInputs
-from flash_rocm.validation import FLOAT_DTYPES, check_alibi, check_sink, invalid
+from flash_rocm.validation import FLOAT_DTYPES, check_alibi, check_sink, invalid, wrong_dtype
 
 #: From a field of the inputs to how the caller's function calls it.
 _Name = Callable[[str], str]
@@ -16,7 +16,7 @@ _Name = Callable[[str], str]
 #: What FLASH_ROCM_DEBUG=1 finds in contents of tensors, in the order of the numbers that a back end reports.
 FAULTS = (
     "block_table: expected pages in [0, {entries})",
-    "cache_seqlens, cache_leftpad: expected lengths, with the new tokens, in [0, {capacity}]",
+    "{lengths}",
     "cache_batch_idx: expected entries in [0, {entries})",
     "rotary_cos, rotary_sin: expected positions in [0, {rows})",
 )
@@ -27,7 +27,12 @@ def raise_faults(reported: Sequence[int], inputs: CacheInputs) -> None:
     if not any(reported):
         return
     rows = 0 if inputs.rotary_cos is None else inputs.rotary_cos.shape[0]
-    facts = {"entries": inputs.k.shape[0], "capacity": inputs.capacity, "rows": rows}
+    lengths = f"cache_seqlens, cache_leftpad: expected lengths, with the new tokens, in [0, {inputs.capacity}]"
+    if inputs.is_packed:
+        lengths = f"cu_seqlens_k, seqused_k: expected bounds in [0, {inputs.capacity}] and lengths within them"
+    elif inputs.cu_seqlens_k is not None and inputs.seqused_k is None:
+        lengths = f"cu_seqlens_k: expected lengths in [0, {inputs.capacity}]"
+    facts = {"entries": inputs.k.shape[0], "lengths": lengths, "rows": rows}
     found = [(text.format(**facts), number - 1) for text, number in zip(FAULTS, reported, strict=True) if number]
     lines = [f"{text}, got another in sequence {sequence}." for text, sequence in found]
     raise ValueError(" ".join(lines) + " Nothing outside of the cache was read or written.")
@@ -46,7 +51,7 @@ def check_inputs(inputs: CacheInputs, names: dict[str, str]) -> None:
     check_ranks(inputs, names)
     q, v = inputs.q, inputs.v
     if q.dtype not in FLOAT_DTYPES:
-        raise invalid(name("q"), "float16, bfloat16, float32 or float64", q.dtype, "cast the inputs.")
+        raise wrong_dtype(name("q"), q.dtype)
     batch = q.shape[0] if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.shape[0] - 1
     _check_places(inputs, batch, name)
     _check_cache(inputs, name)
@@ -108,7 +113,7 @@ def _check_like(name: str, x: torch.Tensor, shape: tuple[int, ...], q: torch.Ten
     if tuple(x.shape) != shape:
         raise invalid(name, f"shape {shape}", tuple(x.shape))
     if x.dtype != q.dtype:
-        raise invalid(name, f"the dtype of q, {q.dtype}", x.dtype, "cast the inputs to one dtype.")
+        raise wrong_dtype(name, x.dtype, f"the dtype of q, {q.dtype}", "cast the inputs to one dtype.")
     if x.device != q.device:
         raise invalid(name, f"the device of q, {q.device}", x.device, "move all inputs to one device.")
 

@@ -23,6 +23,21 @@ def invalid(argument: str, expected: str, got: object, hint: str = "") -> ValueE
     return ValueError(f"{argument}: expected {expected}, got {got}." + (f" Hint: {hint}" if hint else ""))
 
 
+#: What errors about FP8 say at their end.
+NO_FP8 = "FP8 is not implemented: pass fp16 or bf16."
+#: What is expected of q.
+_FLOATS = "float16, bfloat16, float32 or float64"
+
+
+def wrong_dtype(
+    argument: str, got: object, expected: str = _FLOATS, hint: str = "cast the inputs."
+) -> ValueError | NotImplementedError:
+    """The error for a dtype that a call does not take; FP8 is one that flash-attn takes and this library not yet."""
+    if str(got).startswith("torch.float8"):
+        return NotImplementedError(f"{argument}: expected {expected}, got {got}. Hint: {NO_FP8}")
+    return invalid(argument, expected, got, hint)
+
+
 def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int, kv_dims: int) -> Layout:
     """Ranks, dtypes, devices, heads, head dims, contiguity of the last dim; of dense calls batch and lengths.
 
@@ -55,10 +70,10 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dims: int, kv_d
 
 def _check_types(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if q.dtype not in FLOAT_DTYPES:
-        raise invalid("q", "float16, bfloat16, float32 or float64", q.dtype, "cast the inputs.")
+        raise wrong_dtype("q", q.dtype)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
-            raise invalid(name, f"the dtype of q, {q.dtype}", x.dtype, "cast the inputs to one dtype.")
+            raise wrong_dtype(name, x.dtype, f"the dtype of q, {q.dtype}", "cast the inputs to one dtype.")
         if x.device != q.device:
             raise invalid(name, f"the device of q, {q.device}", x.device, "move all inputs to one device.")
 
@@ -153,7 +168,7 @@ def check_sink(learnable_sink: torch.Tensor, q: torch.Tensor) -> None:
     if not isinstance(learnable_sink, torch.Tensor):
         raise invalid("learnable_sink", f"a tensor ({nheads},)", type(learnable_sink).__name__, hint)
     if learnable_sink.dtype not in FLOAT_DTYPES:
-        raise invalid("learnable_sink", "float16, bfloat16, float32 or float64", learnable_sink.dtype)
+        raise invalid("learnable_sink", _FLOATS, learnable_sink.dtype)
     if learnable_sink.device != q.device:
         raise invalid("learnable_sink", f"device {q.device}, like q", learnable_sink.device)
     if tuple(learnable_sink.shape) != (nheads,):

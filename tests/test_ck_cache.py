@@ -230,6 +230,40 @@ def test_wrong_contents_with_debug(name: str, monkeypatch: pytest.MonkeyPatch) -
         flash_rocm.flash_attn_with_kvcache(**given)
 
 
+@pytest.mark.parametrize("bad", (-1, 193))
+def test_wrong_lengths_of_a_prefill_with_debug(bad: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of packed queries over pages, which hold 192 tokens of a sequence."""
+    monkeypatch.setenv("FLASH_ROCM_DEBUG", "1")
+    inputs = case_of(page_size=64)[1].inputs
+    table = integers("cpu", (0, 1, 2), (3, 4, 5))
+    starts = integers("cpu", 0, 1, 2), integers("cpu", 0, 150, 150 + bad)
+    words = r"^cu_seqlens_k: expected lengths in \[0, 192\], got another in sequence 1\. Nothing outside"
+    with pytest.raises(ValueError, match=words):
+        flash_rocm.flash_attn_varlen_func(
+            inputs.q.flatten(0, 1), inputs.k, inputs.v, *starts, 1, 192, causal=True, block_table=table
+        )
+
+
+@pytest.mark.parametrize(
+    ("bounds", "used"), [((0, 9, 20), (9, 12)), ((0, 9, 21), (9, 8)), ((0, 9, 8), (9, 0)), ((-2, -1, 20), (0, 5))]
+)
+def test_wrong_packed_keys_with_debug(
+    bounds: tuple[int, ...], used: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sequence that uses more rows than it has, or is not within the 20 that there are."""
+    monkeypatch.setenv("FLASH_ROCM_DEBUG", "1")
+    q, k = torch.zeros(2, 4, 128, dtype=torch.bfloat16), torch.zeros(20, 2, 128, dtype=torch.bfloat16)
+
+    def call(bounds: tuple[int, ...], used: tuple[int, ...]) -> None:
+        lengths = {"seqused_k": integers("cpu", *used), "max_seqlen_q": 1, "max_seqlen_k": 20}
+        v3.flash_attn_varlen_func(q, k, k, integers("cpu", 0, 1, 2), integers("cpu", *bounds), **lengths)
+
+    words = r"^cu_seqlens_k, seqused_k: expected bounds in \[0, 20\] and lengths within them, got another in sequence 1"
+    with pytest.raises(ValueError, match=words):
+        call(bounds, used)
+    call((0, 9, 20), (9, 11))
+
+
 def test_debug_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, case = case_of(seqlen_new=2, rotary_dim=32)
     given = arguments_of(case, k=case.inputs.k_new, v=case.inputs.v_new, rotary_cos=case.inputs.rotary_cos)

@@ -7,7 +7,7 @@ they lie between values that must stay.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from kvcache_calls import BATCH, CAPACITY, DIM, DIM_V, ENTRIES, HEADS, HEADS_K, 
 from test_adversarial import random, same
 
 import flash_rocm
-from flash_rocm import cache_ops
+from flash_rocm import cache_ops, v3
 from flash_rocm.problem import CacheInputs
 from flash_rocm.runtime import ConfigError
 
@@ -67,17 +67,26 @@ def paged(device: str, page_size: int, *lengths: int, new: int = 0, rows: int = 
     return arguments
 
 
-def assert_reported(arguments: dict[str, Any], text: str, target: str) -> None:
+def assert_reported(
+    arguments: dict[str, Any],
+    text: str,
+    target: str,
+    function: Callable[..., Any] = flash_rocm.flash_attn_with_kvcache,
+    caches: tuple[str, str] = ("k_cache", "v_cache"),
+) -> None:
     """The error, and the guards around both caches as they were."""
     guarded = {}
     if not target.startswith("virtual"):
-        for name in ("k_cache", "v_cache"):
+        is_one = arguments[caches[0]].data_ptr() == arguments[caches[1]].data_ptr()
+        for name in caches[:1] if is_one else caches:
             cache = arguments[name]
             guard = torch.full_like(cache, GUARD)
             guarded[name] = torch.cat([guard, cache, guard])
             arguments[name] = guarded[name][cache.shape[0] : -cache.shape[0]]
+        if is_one:
+            arguments[caches[1]] = arguments[caches[0]][..., : arguments[caches[1]].shape[-1]]
     with pytest.raises(ValueError) as error:
-        flash_rocm.flash_attn_with_kvcache(**arguments)
+        function(**arguments)
     assert str(error.value) == text + NOTHING
     for x in guarded.values():
         outside = torch.cat([x[: x.shape[0] // 3], x[-(x.shape[0] // 3) :]])
@@ -110,7 +119,9 @@ def test_page_that_is_written(page_size: int, bad: Any, target: str) -> None:
     pages = arguments["k_cache"].shape[0]
     arguments["block_table"][0, -1] = pages if bad == "entries" else bad
     arguments["cache_seqlens"] = integers(device_of(target), page_size + 1, 2)
+    first = [arguments[name][0].clone() for name in ("k_cache", "v_cache")]
     assert_reported(arguments, f"block_table: expected pages in [0, {pages}), got another in sequence 0.", target)
+    assert same([arguments[name][0] for name in ("k_cache", "v_cache")], first)  # nor in the place of another
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,7 +158,144 @@ def test_left_padding(bad: int, target: str) -> None:
 def test_entry(append: bool, bad: int, target: str) -> None:
     arguments = full_call(device_of(target)) if append else without_new(full_call(device_of(target)))
     arguments["cache_batch_idx"] = integers(device_of(target), 2, bad)
+    others = [arguments[name][[0, 1, 3]].clone() for name in ("k_cache", "v_cache")]
     assert_reported(arguments, "cache_batch_idx: expected entries in [0, 4), got another in sequence 1.", target)
+    assert same([arguments[name][[0, 1, 3]] for name in ("k_cache", "v_cache")], others)
+
+
+# --------------------------------------------------------------------------------------------------
+# Packed queries: a decode beside a prefill, over pages and over packed keys
+
+
+def prefill(device: str, page_size: int, *lengths: int) -> dict[str, Any]:
+    """A call of flash_attn_varlen_func: one query of the first sequence, 9 of the second."""
+    given = paged(device, page_size, *lengths)
+    return dict(
+        q=random(device, 10, HEADS, DIM),
+        k=given["k_cache"],
+        v=given["v_cache"],
+        cu_seqlens_q=integers(device, 0, 1, 10),
+        cu_seqlens_k=integers(device, 0, lengths[0], sum(lengths)),
+        max_seqlen_q=9,
+        max_seqlen_k=max(lengths),
+        causal=True,
+        block_table=given["block_table"],
+    )
+
+
+@pytest.mark.parametrize("bad", (-1, "entries", 1 << 30), ids=str)
+@pytest.mark.parametrize("page_size", (64, 3))
+@pytest.mark.usefixtures("debug")
+def test_page_of_a_prefill(page_size: int, bad: Any, target: str) -> None:
+    arguments = prefill(device_of(target), page_size, 2, page_size + 1)
+    pages = arguments["k"].shape[0]
+    arguments["block_table"][1, -1] = pages if bad == "entries" else bad
+    text = f"block_table: expected pages in [0, {pages}), got another in sequence 1."
+    assert_reported(arguments, text, target, flash_rocm.flash_attn_varlen_func, ("k", "v"))
+
+
+@pytest.mark.parametrize("bad", (-1, 129, 2**31 - 3))
+@pytest.mark.usefixtures("debug")
+def test_length_of_a_prefill(bad: int, target: str) -> None:
+    """More than the pages of a sequence hold, which is 128, or a sequence that ends before it starts."""
+    arguments = prefill(device_of(target), 64, 2, 128)
+    arguments["cu_seqlens_k"] = integers(device_of(target), 0, 2, 2 + bad)
+    text = "cu_seqlens_k: expected lengths in [0, 128], got another in sequence 1."
+    assert_reported(arguments, text, target, flash_rocm.flash_attn_varlen_func, ("k", "v"))
+
+
+@pytest.mark.parametrize("fault", ("page that is read", "page that is written", "length"))
+@pytest.mark.usefixtures("debug")
+def test_chunk_of_a_prompt(fault: str, target: str) -> None:
+    """Queries and new tokens packed: what a server does in one call."""
+    device = device_of(target)
+    given = paged(device, 3, 4, 11)  # pages for 12 tokens
+    arguments = {name: x for name, x in given.items() if name not in ("q", "block_table")} | dict(
+        q=random(device, 10, HEADS, DIM),
+        k=random(device, 10, HEADS_K, DIM, seed=3),
+        v=random(device, 10, HEADS_K, DIM_V, seed=4),
+        cache_seqlens=integers(device, 4, 3),
+        page_table=given["block_table"],
+        cu_seqlens_q=integers(device, 0, 1, 10),
+        cu_seqlens_k_new=integers(device, 0, 1, 10),
+        max_seqlen_q=9,
+        causal=True,
+    )
+    text = "block_table: expected pages in [0, 8), got another in sequence 1."
+    if fault == "length":
+        arguments["cache_seqlens"] = integers(device, 4, 4)
+        text = LENGTHS
+    else:
+        arguments["page_table"][1, 0 if fault.endswith("read") else 3] = 8
+    assert_reported(arguments, text, target, v3.flash_attn_with_kvcache)
+
+
+#: Bounds of 10 packed rows, and how many rows of each sequence are used.
+PACKED: dict[str, tuple[tuple[int, ...], tuple[int, int] | None]] = {
+    "more than the sequence has": ((0, 4, 8), (4, 5)),
+    "more than there is": ((0, 4, 10), (3, 7)),
+    "less than nothing": ((0, 4, 10), (3, -1)),
+    "an end that is too far": ((0, 4, 12), None),
+    "an end before the start": ((0, 4, 2), None),
+    "a start that is too far": ((0, 2**31 - 2, 2**31 - 1), (0, 1)),
+    "a start below 0": ((-4, -3, 10), None),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.usefixtures("debug")
+def test_packed_keys(name: str, target: str) -> None:
+    """They have no room of their own that a length could be held against, only each other's rows."""
+    device, (bounds, used) = device_of(target), PACKED[name]
+    arguments = dict(
+        q=random(device, 4, HEADS, DIM),
+        k=random(device, 10, HEADS_K, DIM, seed=1),
+        v=random(device, 10, HEADS_K, DIM_V, seed=2),
+        cu_seqlens_q=integers(device, 0, 2, 4),
+        cu_seqlens_k=integers(device, *bounds),
+        max_seqlen_q=2,
+        max_seqlen_k=10,
+        seqused_k=None if used is None else integers(device, *used),
+        attention_chunk=16,
+    )
+    text = "cu_seqlens_k, seqused_k: expected bounds in [0, 10] and lengths within them, got another in sequence 1."
+    assert_reported(arguments, text, target, v3.flash_attn_varlen_func, ("k", "v"))
+
+
+# --------------------------------------------------------------------------------------------------
+# MLA, absorbed
+
+
+def mla(device: str, form: str, page_size: int) -> dict[str, Any]:
+    """Sequences of 2 and page_size + 1 tokens; "one tensor": the first dims of the keys are the values."""
+    given = paged(device, page_size, 2, page_size + 1)
+    pages, heads = given["k_cache"].shape[0], 2
+    dim, dim_v = (576, 512) if form == "one tensor" else (16, 64)
+    k_cache = random(device, pages, page_size, 1, dim, seed=1)
+    arguments = dict(
+        q=random(device, 2, 1, heads, dim),
+        k_cache=k_cache,
+        v_cache=k_cache[..., :dim_v] if form == "one tensor" else random(device, pages, page_size, 1, dim_v, seed=2),
+        cache_seqlens=given["cache_seqlens"],
+        page_table=given["block_table"],
+    )
+    return arguments | ({} if form == "one tensor" else {"qv": random(device, 2, 1, heads, dim_v, seed=3)})
+
+
+@pytest.mark.parametrize("fault", ("page", "length"))
+@pytest.mark.parametrize("page_size", (64, 3))
+@pytest.mark.parametrize("form", ("one tensor", "qv"))
+@pytest.mark.usefixtures("debug")
+def test_mla(form: str, page_size: int, fault: str, target: str) -> None:
+    arguments = mla(device_of(target), form, page_size)
+    pages = arguments["k_cache"].shape[0]
+    text = f"block_table: expected pages in [0, {pages}), got another in sequence 1."
+    if fault == "page":
+        arguments["page_table"][1, 1] = pages
+    else:
+        arguments["cache_seqlens"] = integers(device_of(target), 2, 2 * page_size + 1)
+        text = LENGTHS.replace("12", str(2 * page_size))
+    assert_reported(arguments, text, target, v3.flash_attn_with_kvcache)
 
 
 # --------------------------------------------------------------------------------------------------

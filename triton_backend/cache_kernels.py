@@ -45,14 +45,22 @@ def report(error_ptr, slot, is_bad, batch):
 
 @triton.jit
 def cached_length(
-    batch, seqlen_k, capacity, cu_seqlens_k_ptr, seqused_k_ptr, error_ptr, CHECKED: tl.constexpr
+    batch, seqlen_k, capacity, cu_seqlens_k_ptr, seqused_k_ptr, error_ptr,
+    CHECKED: tl.constexpr, PACKED: tl.constexpr = False,
 ):  # fmt: skip
     """Row that packed keys start at, and how many keys there are before an append."""
-    start, length = sequence_bounds(cu_seqlens_k_ptr, batch, seqlen_k, cu_seqlens_k_ptr is not None)
+    start, rows = sequence_bounds(cu_seqlens_k_ptr, batch, seqlen_k, cu_seqlens_k_ptr is not None)
+    length = rows
     if seqused_k_ptr is not None:
         length = tl.load(seqused_k_ptr + batch)
     if CHECKED:
-        report(error_ptr, BAD_LENGTH, (length < 0) | (length > capacity), batch)
+        is_bad = (length < 0) | (length > capacity)
+        if PACKED:
+            # k has no room of its own for each sequence: one that is out of range has no keys.
+            is_bad = is_bad | (start < 0) | (rows < 0) | (start > capacity - rows) | (length > rows)
+            start = tl.where(is_bad, 0, start)
+            length = tl.where(is_bad, 0, length)
+        report(error_ptr, BAD_LENGTH, is_bad, batch)
     return start, tl.minimum(tl.maximum(length, 0), capacity)
 
 
@@ -79,10 +87,12 @@ def queries_of(batch, seqlen_q, cu_seqlens_q_ptr, seqused_q_ptr):
 @triton.jit
 def keys_of(
     batch, seqlen_k, seqlen_new, capacity, cu_seqlens_k_ptr, cu_seqlens_new_ptr, seqused_k_ptr, leftpad_ptr,
-    error_ptr, CHECKED: tl.constexpr,
+    error_ptr, CHECKED: tl.constexpr, PACKED: tl.constexpr = False,
 ):  # fmt: skip
     """Row that packed keys start at, keys before the append, the left padding, and keys behind that with new ones."""
-    start, cached = cached_length(batch, seqlen_k, capacity, cu_seqlens_k_ptr, seqused_k_ptr, error_ptr, CHECKED)
+    start, cached = cached_length(
+        batch, seqlen_k, capacity, cu_seqlens_k_ptr, seqused_k_ptr, error_ptr, CHECKED, PACKED
+    )  # fmt: skip
     _, new = sequence_bounds(cu_seqlens_new_ptr, batch, seqlen_new, cu_seqlens_new_ptr is not None)
     first_position = tl.cast(0, tl.int32)
     if leftpad_ptr is not None:
@@ -348,7 +358,7 @@ def attn_cache_kernel(
         return
     start_k, cached, first_position, cols_total = keys_of(
         batch, seqlen_k, seqlen_new, capacity, cu_seqlens_k_ptr, cu_seqlens_new_ptr, seqused_k_ptr, leftpad_ptr,
-        error_ptr, CHECKED,
+        error_ptr, CHECKED, PAGE_SIZE == 0 and cu_seqlens_k_ptr is not None,
     )  # fmt: skip
     shift = cols_total - rows_total
 

@@ -67,12 +67,15 @@ def _rotary_start(inputs: CacheInputs, b: int, lengths: _Lengths) -> int:
 def _check_contents(problem: AttentionProblem, inputs: CacheInputs, found: list[_Lengths], *, is_append: bool) -> None:
     """What FLASH_ROCM_DEBUG=1 asks for: raise for lengths, entries, pages and positions that are out of range."""
     entries, capacity, cos = inputs.k.shape[0], inputs.capacity, inputs.rotary_cos
-    index = _host(inputs.cache_batch_idx)
+    index, starts_k = _host(inputs.cache_batch_idx), _host(inputs.cu_seqlens_k)
     table = None if inputs.block_table is None else inputs.block_table.tolist()
     reported = [0] * len(FAULTS)
     for b, lengths in enumerate(found):
         total = lengths.cached + lengths.count_new
         is_length = lengths.cached >= 0 and total <= capacity and 0 <= lengths.leftpad <= capacity
+        if inputs.is_packed and starts_k is not None:
+            start, end = starts_k[b : b + 2]
+            is_length = 0 <= start <= start + lengths.cached <= end <= capacity
         used = []
         if table is not None and is_length:
             size = inputs.k.shape[1]

@@ -296,9 +296,7 @@ def refuse_fp8(q_descale: torch.Tensor | None, k_descale: torch.Tensor | None, v
     """Raise NotImplementedError for scales of FP8 inputs."""
     for name, value in (("q_descale", q_descale), ("k_descale", k_descale), ("v_descale", v_descale)):
         if value is not None:
-            raise NotImplementedError(
-                f"{name}: expected None, got {_described(value)}. Hint: FP8 is not implemented: pass fp16 or bf16."
-            )
+            raise NotImplementedError(f"{name}: expected None, got {_described(value)}. Hint: {validation.NO_FP8}")
 
 
 def _described(value: object) -> str:

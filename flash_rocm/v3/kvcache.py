@@ -175,7 +175,7 @@ def get_scheduler_metadata(
         if not isinstance(value, bool):
             raise validation.invalid(name, "True or False", value)
     if qkv_dtype not in validation.FLOAT_DTYPES:
-        raise validation.invalid("qkv_dtype", "float16, bfloat16, float32 or float64", qkv_dtype)
+        raise validation.wrong_dtype("qkv_dtype", qkv_dtype, hint="a dtype of torch.")
     problem = AttentionProblem(
         dtype=qkv_dtype,
         device_type=cache_seqlens.device.type,
