@@ -12,7 +12,7 @@ from kvcache_calls import BATCH, CAPACITY, DIM, HEADS, full_call, integers, run,
 from test_adversarial import random
 
 import flash_rocm
-from flash_rocm import cache_ops
+from flash_rocm import cache_ops, v3
 from flash_rocm.problem import CacheInputs
 
 
@@ -61,6 +61,50 @@ def test_meta_tensors(device: str) -> None:
     arguments = {n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in full_call(device, True).items()}
     out, lse = flash_rocm.flash_attn_with_kvcache(**arguments)
     assert out.is_meta and out.shape == (2, 3, 4, 8) and lse.shape == (2, 4, 3) and lse.dtype == torch.float32
+
+
+def calls_of_inference(device: str) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+    """Every function that decides on the host how a cache is read."""
+    plain, pages = full_call(device), full_call(device, True)
+    page_table, starts = pages.pop("block_table"), integers(device, 0, 3, 6)
+    packed = {name: pages[name].flatten(0, 1) for name in ("q", "k", "v")}
+    new = {"cu_seqlens_q": starts, "max_seqlen_q": 3, "cu_seqlens_k_new": integers(device, 0, 2, 4)}
+    varlen: dict[str, Any] = dict(q=packed["q"], cu_seqlens_q=starts, max_seqlen_q=3, max_seqlen_k=CAPACITY)
+    over_pages = {"k": pages["k_cache"], "v": pages["v_cache"], "cu_seqlens_k": integers(device, 0, 7, 18)}
+    used = {"seqused_k": integers(device, 5, 2), "cu_seqlens_k": integers(device, 0, 6, 12)}
+    keys = random(device, 12, 2, DIM, seed=8)
+    dense = {name: random(device, BATCH, 5, HEADS, DIM, seed=9) for name in "qkv"}
+    parts = random(device, 3, 7, 4, 16, dtype=torch.float32), random(device, 3, 7, 4, dtype=torch.float32)
+    shape = dict(batch_size=2, max_seqlen_q=1, max_seqlen_k=64, num_heads_q=4, num_heads_kv=2, headdim=64)
+    return {
+        "2 with_kvcache": (flash_rocm.flash_attn_with_kvcache, plain),
+        "2 varlen over pages": (flash_rocm.flash_attn_varlen_func, varlen | over_pages | {"block_table": page_table}),
+        "3 with_kvcache": (v3.flash_attn_with_kvcache, plain | {"learnable_sink": torch.ones(HEADS, device=device)}),
+        "3 with_kvcache, packed": (v3.flash_attn_with_kvcache, pages | packed | new | {"page_table": page_table}),
+        "3 attention_chunk": (v3.flash_attn_func, dense | {"attention_chunk": 4}),
+        "3 qkvpacked": (v3.flash_attn_qkvpacked_func, {"qkv": torch.stack([*dense.values()], 2), "attention_chunk": 4}),
+        "3 seqused_k": (v3.flash_attn_varlen_func, varlen | used | {"k": keys, "v": keys}),
+        "combine": (v3.flash_attn_combine, dict(zip(("out_partial", "lse_partial"), parts, strict=True))),
+        "metadata": (v3.get_scheduler_metadata, shape | {"cache_seqlens": plain["cache_seqlens"]}),
+    }
+
+
+@pytest.mark.parametrize("name", calls_of_inference("cpu"))
+def test_nothing_is_read_on_the_host(name: str, device: str) -> None:
+    """Fake tensors have no contents: what asks for some raises.  Shapes, dtypes and strides are the real ones."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    function, arguments = calls_of_inference(device)[name]
+
+    def metadata(given: dict[str, Any]) -> list[Any]:
+        results = function(**given)
+        results = results if isinstance(results, tuple) else (results,)
+        return [(x.shape, x.dtype, x.stride(), x.device.type) for x in results]
+
+    with FakeTensorMode() as mode:
+        fakes = {n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
+        found = metadata(fakes)
+    assert found == metadata(arguments)
 
 
 # --------------------------------------------------------------------------------------------------

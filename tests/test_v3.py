@@ -40,6 +40,7 @@ def run(name: str, device: str = "cpu", **changes: Any) -> Any:
 
 #: The names in FlashAttention-3's order, behind the tensors and lengths.
 SCALES = ["softmax_scale", "causal"]
+TENSORS = ("q", "k", "v", "qkv")
 DESCALES = ["q_descale", "k_descale", "v_descale"]
 REST = ["num_splits", "pack_gqa", "deterministic", "sm_margin", "return_attn_probs"]
 SIGNATURES = {
@@ -78,17 +79,25 @@ def test_agrees_with_the_functions_of_version_2(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"softmax_scale": 0.5},
-        {"causal": True},
-        {"window_size": (1, 1)},
-        {"softcap": 0.5},
-        {"learnable_sink": torch.zeros(H)},
-    ],
-    ids=lambda change: next(iter(change)),
+def test_every_tensor_is_read(name: str, device: str) -> None:
+    given = arguments(name, device)
+    expected = getattr(v3, name)(**given)
+    for tensor in set(TENSORS) & set(given):
+        assert not torch.equal(getattr(v3, name)(**given | {tensor: given[tensor].flip(0)}), expected), tensor
+
+
+#: Another value of what is neither a tensor of values nor a hint.
+ACTING: tuple[dict[str, Any], ...] = (
+    {"softmax_scale": 0.5},
+    {"causal": True},
+    {"window_size": (1, 1)},
+    {"softcap": 0.5},
+    {"learnable_sink": torch.zeros(H)},
 )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("change", ACTING, ids=lambda change: next(iter(change)))
 def test_acts(name: str, change: dict[str, Any], device: str) -> None:
     change = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in change.items()}
     out, lse = run(name, device, return_attn_probs=True, **change)
@@ -172,6 +181,52 @@ def test_arguments_of_inference(name: str, argument: str) -> None:
     with pytest.raises(NotImplementedError, match="over a K/V cache has no backward"):
         getattr(v3, name)(**given).sum().backward()
     assert leaf.grad is None
+
+
+#: Arguments of a kind, and tests of their own.
+OF_THEIR_OWN = {
+    "cu_seqlens_q": "test_lengths_act",
+    "cu_seqlens_k": "test_lengths_act",
+    "max_seqlen_q": "test_lengths_act",
+    "max_seqlen_k": "test_lengths_act",
+    "deterministic": "test_deterministic_reaches_the_operator",
+    "return_attn_probs": "test_agrees_with_the_functions_of_version_2",
+    "num_heads_q": "test_packed_heads_of_different_counts",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_argument_has_a_test(name: str) -> None:
+    kinds = (TENSORS, [key for change in ACTING for key in change], [hint for hint, *_ in HINTS], REFUSED, INFERENCE)
+    tested = [key for kind in (*map(dict.fromkeys, kinds), OF_THEIR_OWN) for key in kind]
+    assert len(tested) == len(set(tested)) and set(OF_THEIR_OWN.values()) <= set(globals())
+    assert set(inspect.signature(getattr(v3, name)).parameters) <= set(tested)
+
+
+FP8 = [getattr(torch, name) for name in dir(torch) if name.startswith("float8_")]
+
+
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+def test_tensors_in_fp8(dtype: torch.dtype) -> None:
+    """As scales of FP8: not implemented, wherever one comes in."""
+    hint = "Hint: FP8 is not implemented: pass fp16 or bf16."
+    for name in NAMES:
+        given = arguments(name)
+        for tensor in set(TENSORS) & set(given):
+            for module in (v3, flash_rocm):
+                with pytest.raises(NotImplementedError) as error:
+                    getattr(module, name)(**given | {tensor: given[tensor].to(dtype)})
+                assert str(error.value).startswith("q" if tensor == "qkv" else tensor)
+                assert str(error.value).endswith(f"got {dtype}. {hint}")
+    cache = {name: torch.zeros(B, S, HK, D) for name in ("k_cache", "v_cache", "k", "v")}
+    given = {"q": torch.zeros(B, 1, H, D), **cache, "cache_seqlens": 3}
+    given |= {name: given[name][:, :1] for name in "kv"}
+    for tensor in ("q", *cache):
+        for module in (v3, flash_rocm):
+            with pytest.raises(NotImplementedError, match=f"^{tensor}: expected .*, got {dtype}. {hint}"):
+                module.flash_attn_with_kvcache(**given | {tensor: given[tensor].to(dtype)})
+    with pytest.raises(NotImplementedError, match=f"^qkv_dtype: expected .*, got {dtype}. {hint}"):
+        v3.get_scheduler_metadata(1, 1, 64, 4, 2, 64, torch.ones(1, dtype=torch.int32), dtype)
 
 
 def test_packed_heads_of_different_counts(device: str) -> None:

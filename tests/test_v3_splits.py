@@ -14,6 +14,7 @@ from test_adversarial import random
 
 import flash_rocm
 from flash_rocm import v3
+from flash_rocm.splits import choose_splits
 from flash_rocm.testing import oracle_combine
 
 device = test_adversarial.device  # the fixture with every target
@@ -53,7 +54,7 @@ def mi300() -> Iterator[None]:
         yield
 
 
-#: What changes the number of splits on an MI300.
+#: What changes the number of splits on an MI300: its workgroups, tiles of keys, and which kernel config counts.
 ACTS: tuple[dict[str, Any], ...] = (
     dict(batch_size=60, cache_seqlens=torch.zeros(60, dtype=torch.int32)),
     dict(max_seqlen_q=512),
@@ -64,6 +65,9 @@ ACTS: tuple[dict[str, Any], ...] = (
     dict(window_size=(100, 0)),
     dict(attention_chunk=64),
     dict(num_splits=3),
+    dict(headdim=256),
+    dict(headdim_v=64),
+    dict(qkv_dtype=torch.float32),
 )
 
 
@@ -73,55 +77,78 @@ def test_metadata_depends_on(change: dict[str, Any], mi300: None) -> None:
     assert splits(**change) != splits()
 
 
-def test_metadata_accepts(mi300: None) -> None:
-    """What a call may have beside it; some of it only decides which kernel config counts."""
-    plain = splits()
-    for change in (
-        dict(cache_leftpad=torch.zeros(3, dtype=torch.int32)),
-        dict(cu_seqlens_q=torch.arange(4, dtype=torch.int32)),
-        dict(cu_seqlens_k_new=torch.arange(4, dtype=torch.int32), max_seqlen_k_new=1),
-        dict(causal=True),
-        dict(has_softcap=True),
-        dict(pack_gqa=True),
-        dict(sm_margin=8),
-        dict(qkv_dtype=torch.float16),
-        dict(headdim_v=128),
-        dict(page_size=16),
-    ):
-        assert splits(**change) == plain, change  # type: ignore[arg-type]
+#: What a call may have beside it, of which the number of splits does not depend with the configs of an MI300.
+ACCEPTED: tuple[dict[str, Any], ...] = (
+    dict(cache_leftpad=torch.zeros(3, dtype=torch.int32)),
+    dict(cu_seqlens_q=torch.arange(4, dtype=torch.int32)),
+    dict(max_seqlen_k_new=1, cu_seqlens_k_new=torch.arange(4, dtype=torch.int32)),
+    dict(cu_seqlens_k_new=torch.arange(4, dtype=torch.int32), max_seqlen_k_new=1),
+    dict(causal=True),
+    dict(has_softcap=True),
+    dict(pack_gqa=True),
+    dict(sm_margin=8),
+    dict(page_size=16),
+)
+
+
+@pytest.mark.parametrize("change", ACCEPTED, ids=lambda change: next(iter(change)))
+def test_metadata_accepts(change: dict[str, Any], mi300: None) -> None:
+    assert splits(**change) == splits()
+
+
+def test_every_argument_of_metadata_has_a_test() -> None:
+    """A right value of each, which acts or is known not to, and a wrong one."""
+    acts, accepted = ([next(iter(change)) for change in some] for some in (ACTS, ACCEPTED))
+    assert not set(acts) & set(accepted) and {*acts, *accepted, "cache_seqlens"} == set(METADATA_NAMES)
+    assert {next(iter(change)) for change, _ in WRONG_METADATA} == set(METADATA_NAMES)
+
+
+def test_larger_chips_divide_keys_more() -> None:
+    """MI200 has 110 compute units, MI300 304; and a chip that is full of workgroups divides nothing."""
+    pytest.importorskip("triton", reason="asks the Triton back end")
+    pytest.importorskip("elftools", reason="needs flash_rocm[virtual]")
+    found = {}
+    for arch in ("gfx90a", "gfx942"):
+        with flash_rocm.virtual_gpu(arch):
+            found[arch] = splits()
+    assert 1 < found["gfx90a"] < found["gfx942"]
+    # Workgroups, tiles of keys, workgroups at a time.
+    assert choose_splits(304, 64, 304) == choose_splits(608, 64, 304) == choose_splits(1, 1, 304) == 1
+
+
+#: What is wrong, and how the text begins.
+WRONG_METADATA: tuple[tuple[dict[str, Any], str], ...] = (
+    (dict(batch_size=0), "batch_size: expected an int >= 1, got 0"),
+    (dict(batch_size=2.0), "batch_size: expected an int, got"),
+    (dict(max_seqlen_q=-1), "max_seqlen_q: expected an int in"),
+    (dict(max_seqlen_k=1 << 40), "max_seqlen_k: expected an int in"),
+    (dict(num_heads_q=0), "num_heads_q: expected an int >= 1"),
+    (dict(num_heads_kv=5), "num_heads_kv: expected a count that divides num_heads_q, 32, got 5"),
+    (dict(headdim=0), "headdim: expected an int >= 1"),
+    (dict(headdim_v=0), "headdim_v: expected an int >= 1"),
+    (dict(cache_seqlens=torch.zeros(3)), "cache_seqlens: expected an int32 tensor"),
+    (dict(cache_seqlens=[1, 2, 3]), "cache_seqlens: expected an int32 tensor"),
+    (dict(cache_seqlens=torch.zeros(2, dtype=torch.int32)), "cache_seqlens: expected shape (3,)"),
+    (dict(qkv_dtype="bf16"), "qkv_dtype: expected float16, bfloat16, float32 or float64"),
+    (dict(qkv_dtype=torch.int8), "qkv_dtype: expected float16, bfloat16, float32 or float64"),
+    (dict(cu_seqlens_q=torch.zeros(3, dtype=torch.int32)), "cu_seqlens_q: expected shape (4,)"),
+    (dict(cu_seqlens_k_new=torch.zeros(4)), "cu_seqlens_k_new: expected an int32 tensor"),
+    (dict(cache_leftpad=torch.zeros(4, dtype=torch.int32)), "cache_leftpad: expected shape (3,)"),
+    (dict(page_size=0), "page_size: expected an int >= 1"),
+    (dict(max_seqlen_k_new=-1), "max_seqlen_k_new: expected an int in"),
+    (dict(max_seqlen_k_new=8193), "max_seqlen_k_new: expected at most max_seqlen_k, 8192"),
+    (dict(window_size=5), "window_size: expected (left, right)"),
+    (dict(attention_chunk=-2), "attention_chunk: expected an int >= 0"),
+    (dict(causal="no"), "causal: expected True or False"),
+    (dict(has_softcap=30.0), "has_softcap: expected True or False"),
+    (dict(num_splits=300), "num_splits: expected an int in [0, 256]"),
+    (dict(pack_gqa=2), "pack_gqa: expected True, False or None"),
+    (dict(sm_margin=-1), "sm_margin: expected an int >= 0"),
+)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(batch_size=0), "batch_size: expected an int >= 1, got 0"),
-        (dict(batch_size=2.0), "batch_size: expected an int, got"),
-        (dict(max_seqlen_q=-1), "max_seqlen_q: expected an int in"),
-        (dict(max_seqlen_k=1 << 40), "max_seqlen_k: expected an int in"),
-        (dict(num_heads_q=0), "num_heads_q: expected an int >= 1"),
-        (dict(num_heads_kv=5), "num_heads_kv: expected a count that divides num_heads_q, 32, got 5"),
-        (dict(headdim=0), "headdim: expected an int >= 1"),
-        (dict(headdim_v=0), "headdim_v: expected an int >= 1"),
-        (dict(cache_seqlens=torch.zeros(3)), "cache_seqlens: expected an int32 tensor"),
-        (dict(cache_seqlens=[1, 2, 3]), "cache_seqlens: expected an int32 tensor"),
-        (dict(cache_seqlens=torch.zeros(2, dtype=torch.int32)), "cache_seqlens: expected shape (3,)"),
-        (dict(qkv_dtype="bf16"), "qkv_dtype: expected float16, bfloat16, float32 or float64"),
-        (dict(qkv_dtype=torch.int8), "qkv_dtype: expected float16, bfloat16, float32 or float64"),
-        (dict(cu_seqlens_q=torch.zeros(3, dtype=torch.int32)), "cu_seqlens_q: expected shape (4,)"),
-        (dict(cu_seqlens_k_new=torch.zeros(4)), "cu_seqlens_k_new: expected an int32 tensor"),
-        (dict(cache_leftpad=torch.zeros(4, dtype=torch.int32)), "cache_leftpad: expected shape (3,)"),
-        (dict(page_size=0), "page_size: expected an int >= 1"),
-        (dict(max_seqlen_k_new=-1), "max_seqlen_k_new: expected an int in"),
-        (dict(max_seqlen_k_new=8193), "max_seqlen_k_new: expected at most max_seqlen_k, 8192"),
-        (dict(window_size=5), "window_size: expected (left, right)"),
-        (dict(attention_chunk=-2), "attention_chunk: expected an int >= 0"),
-        (dict(causal="no"), "causal: expected True or False"),
-        (dict(has_softcap=30.0), "has_softcap: expected True or False"),
-        (dict(num_splits=300), "num_splits: expected an int in [0, 256]"),
-        (dict(pack_gqa=2), "pack_gqa: expected True, False or None"),
-        (dict(sm_margin=-1), "sm_margin: expected an int >= 0"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ("change", "message"), WRONG_METADATA, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
 )
 def test_wrong_metadata_arguments(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
