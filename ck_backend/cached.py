@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from flash_rocm import auxiliary, cache_validation, runtime, virtual_device
+from flash_rocm.arch import Arch
 from flash_rocm.ck_instances import CkInstance
 from flash_rocm.problem import AttentionProblem, CacheInputs, lse_shape
-from flash_rocm.runtime import Arch
 from flash_rocm.splits import choose_splits
 
 from .auxiliary import launch, launches_on, stream_of

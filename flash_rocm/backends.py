@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from flash_rocm import ck_instances, cuda_library, runtime
+from flash_rocm.arch import Arch
 from flash_rocm.ck_instances import CkLibrary
 from flash_rocm.config_schema import AUXILIARY_KERNELS
 from flash_rocm.problem import FEATURES, AttentionProblem
 from flash_rocm.protocols import Backend, LayerBackend, OfflineCompiler, Planner, Tuner
-from flash_rocm.runtime import Arch
 
 
 @dataclasses.dataclass(frozen=True)

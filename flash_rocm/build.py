@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flash_rocm import backends, described, runtime, tuned
+from flash_rocm.arch import arch_named
 from flash_rocm.bench.progress import Progress
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.inspect import InspectError
@@ -66,7 +67,7 @@ def tasks_of(cases: Sequence[Case], layouts: Sequence[str], source: ConfigSource
             raise InspectError(f"--kernel: expected {what}, got {case.kernel!r}")
         if case.headdim % 8:
             raise InspectError(f"--headdim: expected multiples of 8, which aligned loads need, got {case.headdim}")
-        arch = runtime.arch_named(case.arch)
+        arch = arch_named(case.arch)
         for layout in layouts:
             if layout not in LAYOUTS:
                 raise InspectError(f"--layout: expected some of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -146,7 +147,7 @@ def _run_problems(args: argparse.Namespace) -> int:
             f"{problem.options()}: {reason}"
             for problem in problems
             for arch in args.arch
-            for reason in backends.incapacities("ck", problem, runtime.arch_named(arch), users_configs=True)
+            for reason in backends.incapacities("ck", problem, arch_named(arch), users_configs=True)
         ]
     except (ValueError, NotImplementedError) as error:
         print(f"flash-rocm build: {error}", file=sys.stderr)

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from flash_rocm import config, files, runtime
+from flash_rocm.arch import Arch, gpu_arch
 from flash_rocm.auxiliary import Launch
 from flash_rocm.config_checks import check_object
 from flash_rocm.config_schema import ConfigError
-from flash_rocm.runtime import Arch, ConfigSource
+from flash_rocm.runtime import ConfigSource
 
 MANIFEST, LIBRARY = "cuda.json", "_CUDA.so"
 
@@ -95,7 +96,7 @@ def launch_of(kernel: str, device: torch.device) -> Launch | None:
     if key not in _launches:
         library = None
         if device.type == "cuda":
-            arch = runtime.gpu_arch(device.index if device.index is not None else torch.cuda.current_device())
+            arch = gpu_arch(device.index if device.index is not None else torch.cuda.current_device())
             library = chosen(kernel, arch, source)
         _launches[key] = None if library is None else load(library)
     return _launches[key]

@@ -9,6 +9,7 @@ import torch
 
 import flash_rocm
 from flash_rocm import backends, cache_ops, cache_validation, info, runtime, validation, virtual_device
+from flash_rocm.arch import CPU, Arch, arch_named
 from flash_rocm.problem import DTYPE_NAMES, AttentionProblem, CacheInputs, default_softmax_scale
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -35,9 +36,9 @@ def _window(text: str) -> list[int]:
     return _integers(text, (2,), "LEFT,RIGHT")
 
 
-def _arch(text: str) -> runtime.Arch:
+def _arch(text: str) -> Arch:
     try:
-        return runtime.arch_named(text)
+        return arch_named(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -159,7 +160,7 @@ def problem_of(text: str) -> AttentionProblem:
     _add_call_arguments(parser)
     try:
         args = parser.parse_args([f"--{word.lstrip('-')}" for word in text.split()])
-        args.arch, args.backend = runtime.CPU, "reference"
+        args.arch, args.backend = CPU, "reference"
         return explanation_of(args).problem
     except ValueError as error:
         raise ValueError(f'--problem: expected a text such as "shape=2,1024,1024,16,16,128 causal", {error}') from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flash_rocm import backends, cache_ops, cache_validation, ops, runtime, validation, virtual_device
+from flash_rocm.arch import Arch
 from flash_rocm.attend import autocast, needs_grad
 from flash_rocm.inference import dropout_over_pages
 from flash_rocm.problem import AttentionInputs, CacheInputs, default_softmax_scale
@@ -28,7 +29,7 @@ def explain(
     deterministic: bool = False,
     block_table: torch.Tensor | None = None,
     learnable_sink: torch.Tensor | None = None,
-    arch: runtime.Arch | None = None,
+    arch: Arch | None = None,
 ) -> backends.Explanation:
     """Which back end a call with these arguments takes, and for every other one each reason why not.
 
@@ -36,7 +37,7 @@ def explain(
     learnable_sink of :mod:`flash_rocm.v3` (tensors may be on the ``meta`` device).  Nothing runs.
 
     Args:
-        arch: judge for another device, such as ``runtime.amd_arch("gfx942", 304)``; default: q's.
+        arch: judge for another device, such as ``flash_rocm.arch.amd_arch("gfx942", 304)``; default: q's.
 
     Raises:
         ValueError: the arguments are wrong.  A call that no back end can run does not raise here.

@@ -11,6 +11,7 @@ import torch
 
 import flash_rocm
 from flash_rocm import backends, config, runtime, support, virtual_device
+from flash_rocm.arch import CPU, NVIDIA_ARCHS, Arch, arch_named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,7 @@ def gather() -> dict[str, Any]:
     except ValueError as error:
         errors.append(str(error))
     configs: dict[str, list[str]] = {}
-    for name in ("cpu", *backends.TRITON_AMD_ARCHS, *runtime.NVIDIA_ARCHS):
+    for name in ("cpu", *backends.TRITON_AMD_ARCHS, *NVIDIA_ARCHS):
         configs.setdefault(_config_file(name), []).append(name)
     (_, *names), *rows = support.table()
     return {
@@ -104,9 +105,9 @@ def _versions() -> dict[str, str | None]:
     }
 
 
-def devices(virtual: virtual_device.VirtualDevice | None) -> list[tuple[str, runtime.Arch]]:
+def devices(virtual: virtual_device.VirtualDevice | None) -> list[tuple[str, Arch]]:
     """What calls may run on here, the CPU (or the virtual GPU in its place) first."""
-    found = [("cpu, executing AMD machine code", runtime.arch_named(virtual.arch)) if virtual else ("cpu", runtime.CPU)]
+    found = [("cpu, executing AMD machine code", arch_named(virtual.arch)) if virtual else ("cpu", CPU)]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             label = f"cuda:{index} {torch.cuda.get_device_name(index)}"
@@ -114,14 +115,14 @@ def devices(virtual: virtual_device.VirtualDevice | None) -> list[tuple[str, run
     return found
 
 
-def _availability_reasons(name: str, arch: runtime.Arch) -> list[str]:
+def _availability_reasons(name: str, arch: Arch) -> list[str]:
     try:
         return backends.availability_reasons(name, arch)
     except ValueError as error:  # a damaged library
         return [f"error, {error}"]
 
 
-def _device(label: str, arch: runtime.Arch, request: str) -> dict[str, Any]:
+def _device(label: str, arch: Arch, request: str) -> dict[str, Any]:
     reasons = {name: _availability_reasons(name, arch) for name in backends.CAPABILITIES}
     order = backends.AUTO_ORDER[arch.vendor]
     return {
@@ -139,7 +140,7 @@ def _device(label: str, arch: runtime.Arch, request: str) -> dict[str, Any]:
 
 def _device_lines(device: dict[str, Any]) -> list[str]:
     facts = ""
-    if device["arch"] != runtime.CPU.name:
+    if device["arch"] != CPU.name:
         facts = f": {device['arch']}, {device['compute_units']} CUs, {device['xcds']} XCDs"
     lines = [f"device {device['device']}{facts}"]
     for name, why_not in device["backends"].items():

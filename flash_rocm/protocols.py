@@ -7,10 +7,11 @@ from typing import Protocol
 
 import torch
 
+from flash_rocm.arch import Arch
 from flash_rocm.config_schema import KernelConfig, Provenance
 from flash_rocm.layer_calls import NormBackward, NormCall, NormForward, NormGradients
 from flash_rocm.problem import AttentionInputs, AttentionProblem, CacheInputs
-from flash_rocm.runtime import Arch, ConfigSource
+from flash_rocm.runtime import ConfigSource
 from flash_rocm.tuned import Outcome, TuneKey
 
 

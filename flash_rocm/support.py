@@ -6,7 +6,8 @@ import dataclasses
 
 import torch
 
-from flash_rocm import backends, runtime
+from flash_rocm import backends
+from flash_rocm.arch import Arch, arch_named
 from flash_rocm.backends import Capability
 from flash_rocm.problem import CACHE_FEATURES, AttentionProblem
 
@@ -71,7 +72,7 @@ def problem_with(feature: str, needs_grad: bool = False) -> AttentionProblem:
 
 def answer(name: str, feature: str) -> str:
     """``yes``, ``no``, ``forward`` (only) or another part: what a back end that is built whole does with a feature."""
-    arch = runtime.arch_named((backends.CAPABILITIES[name].archs or ("cpu",))[0])
+    arch = arch_named((backends.CAPABILITIES[name].archs or ("cpu",))[0])
     if backends.incapacities(name, problem_with(feature), arch):
         part, fields = _PARTS.get(feature, ("no", {}))
         partly = dataclasses.replace(problem_with(feature), **fields)  # type: ignore[arg-type]
@@ -100,14 +101,14 @@ def headdims(capability: Capability) -> str:
     """The head dims, in words."""
     if capability.max_headdim >= 1 << 20:
         return "any"
-    arch = runtime.arch_named((capability.archs or ("cpu",))[0])
+    arch = arch_named((capability.archs or ("cpu",))[0])
     odd = dataclasses.replace(_PLAIN, headdim=65, headdim_v=65)
     reach = "multiples of 8 up to" if backends.incapacities(capability.name, odd, arch) else "1 to"
     cached = f", {_headdims_cached(capability, arch)} over a K/V cache" if capability.max_headdim_cached else ""
     return f"{reach} {capability.max_headdim}{cached}"
 
 
-def _headdims_cached(capability: Capability, arch: runtime.Arch) -> str:
+def _headdims_cached(capability: Capability, arch: Arch) -> str:
     """The largest head dim, or all of them where they are few."""
     largest = capability.max_headdim_cached
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flash_rocm import runtime
-from flash_rocm.runtime import Arch
+from flash_rocm.arch import CPU, Arch, arch_named, gpu_arch
 
 #: What the virtual GPU can be.
 ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1200", "gfx1201")
@@ -137,13 +137,13 @@ def arch_of(device: torch.device) -> Arch:
     """
     if device.type != "cuda":
         virtual = active() if device.type == "cpu" else None
-        return runtime.arch_named(virtual.arch) if virtual else runtime.CPU
-    return runtime.gpu_arch(device.index if device.index is not None else torch.cuda.current_device())
+        return arch_named(virtual.arch) if virtual else CPU
+    return gpu_arch(device.index if device.index is not None else torch.cuda.current_device())
 
 
 def arch_pinned(virtual: str, device: torch.device) -> Arch:
     """The architecture that a request's call on this device runs on; ``virtual``: of :class:`Request`."""
-    return runtime.arch_named(virtual) if virtual else arch_of(device)
+    return arch_named(virtual) if virtual else arch_of(device)
 
 
 def run_pinned(virtual: str, function: Callable[..., Any], *args: Any) -> Any:

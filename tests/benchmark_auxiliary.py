@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 
 import flash_rocm
-from flash_rocm import cache_ops, config, cuda_library, runtime
+from flash_rocm import cache_ops, config, cuda_library
+from flash_rocm.arch import gpu_arch
 from flash_rocm.problem import CacheInputs
 from flash_rocm.timing import median
 
@@ -27,7 +28,7 @@ CHOICES = {"triton": [], "c++": ["append", "combine"]}
 
 def folders(root: pathlib.Path) -> dict[str, str]:
     """Config folders by what they choose."""
-    arch = runtime.gpu_arch(torch.cuda.current_device()).name
+    arch = gpu_arch(torch.cuda.current_device()).name
     found = {}
     for name, kernels in CHOICES.items():
         raw = dict(config.file_contents(arch)) | {"arch": arch}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from flash_rocm import virtual_device
+from flash_rocm.arch import Arch, arch_named
 from flash_rocm.problem import AttentionProblem
-from flash_rocm.runtime import Arch, arch_named
 from flash_rocm.testing import CacheCall, make_cache_inputs, make_inputs
 
 triton = pytest.importorskip("triton", reason="works with Triton's cache keys")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import flash_rocm
-from flash_rocm import runtime
+from flash_rocm.arch import amd_arch
 from flash_rocm.problem import AttentionInputs, lse_shape
 from flash_rocm.testing import Case, assert_attention_close
 
@@ -603,7 +603,7 @@ def test_argument_of_explain_counts(name: str) -> None:
     if name in ("q", "k", "v"):
         changed[name] = arguments[name].float()
     elif name == "arch":
-        changed[name] = runtime.amd_arch("gfx942", 304)
+        changed[name] = amd_arch("gfx942", 304)
     elif name == "block_table":
         changed.update(k=random("cpu", 4, 4, 2, 16), v=random("cpu", 4, 4, 2, 16), dropout_p=0.0)
         changed[name] = other_value(name, None, "cpu")

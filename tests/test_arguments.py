@@ -14,7 +14,8 @@ import torch
 from doc_pages import write as pages
 
 import flash_rocm
-from flash_rocm import backends, runtime
+from flash_rocm import backends
+from flash_rocm.arch import CPU
 
 HEADS, DIM, ROWS, PAGE = 4, 16, 8, 4
 
@@ -110,7 +111,7 @@ def reasons(function: str, call: dict[str, Any], backend: str, grad: bool = Fals
         except backends.BackendError as error:
             own = [line.split(": ", 1)[1] for line in str(error).splitlines() if line.startswith(f"  {backend}: ")]
             assert own, error
-            return [reason for reason in own if reason not in backends.availability_reasons(backend, runtime.CPU)]
+            return [reason for reason in own if reason not in backends.availability_reasons(backend, CPU)]
     return []
 
 

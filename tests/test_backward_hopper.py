@@ -11,9 +11,9 @@ import torch
 
 import flash_rocm
 from flash_rocm import runtime
+from flash_rocm.arch import nvidia_arch
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.problem import AttentionProblem
-from flash_rocm.runtime import nvidia_arch
 from flash_rocm.testing import make_problem
 
 pytest.importorskip("triton", reason="about a Triton kernel")

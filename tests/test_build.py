@@ -15,8 +15,8 @@ from compile_keys import Recorded, disk_key, launch, launch_all, offline, record
 from flash_rocm._triton import prebuilt, workers
 
 from flash_rocm import build, cli, runtime, virtual_device
+from flash_rocm.arch import arch_named
 from flash_rocm.inspect.report import Case
-from flash_rocm.runtime import arch_named
 from flash_rocm.testing import make_problem
 
 

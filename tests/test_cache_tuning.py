@@ -19,8 +19,9 @@ from flash_rocm._triton import cache_tuning, cached, candidates, plan, tuning
 from test_tuning import ARCHS, CUDA, Fake, gfx942  # noqa: F401
 
 from flash_rocm import backends, config, runtime, tuned, virtual_device
+from flash_rocm.arch import arch_named
 from flash_rocm.problem import AttentionProblem, CacheLayout
-from flash_rocm.runtime import ConfigSource, arch_named
+from flash_rocm.runtime import ConfigSource
 from flash_rocm.testing import CacheCall, assert_cached_close, make_cache_inputs, make_problem
 from flash_rocm.tune import write
 from flash_rocm.tuned import BATCHES, CACHE_GROUPS, MASKS, PAGES, QUERIES, CacheTuneKey, Outcome, TuneKey

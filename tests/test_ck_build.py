@@ -20,13 +20,14 @@ from flash_rocm._ck import build, generate
 from flash_rocm._third_party import composable_kernel, rocm_root
 
 from flash_rocm import backends, ck_instances, cli, config, runtime
+from flash_rocm.arch import amd_arch, arch_named
 from flash_rocm.ck_instances import CkInstance
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.runtime import BuildRequest
 from flash_rocm.testing import make_problem
 
 REQUEST = BuildRequest(("gfx942",), "*", "", "", "")
-GFX942 = runtime.arch_named("gfx942")
+GFX942 = arch_named("gfx942")
 
 
 @pytest.fixture(autouse=True)
@@ -365,7 +366,7 @@ def install(folder: pathlib.Path, instances: list[CkInstance], archs: tuple[str,
 
 def test_auto_takes_what_is_executed_by_tests(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On gfx950 nothing is: it is there for who asks by name."""
-    problem, gfx950 = make_problem(dtype=torch.bfloat16, headdim=128, window_right=0), runtime.amd_arch("gfx950", 256)
+    problem, gfx950 = make_problem(dtype=torch.bfloat16, headdim=128, window_right=0), amd_arch("gfx950", 256)
     instances = [dataclasses.replace(instance, archs=("gfx950",)) for instance in library_of_tests().instances]
     install(tmp_path / "ck", instances, ("gfx950",))
     monkeypatch.setenv("FLASH_ROCM_CACHE_DIR", str(tmp_path))

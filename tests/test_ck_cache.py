@@ -12,13 +12,14 @@ from ck_library import ARCHS, library_of_tests
 from kvcache_calls import check, integers, run
 
 import flash_rocm
-from flash_rocm import backends, runtime, v3
+from flash_rocm import backends, v3
+from flash_rocm.arch import arch_named
 from flash_rocm.problem import AttentionProblem
 from flash_rocm.testing import CacheCall, CacheCase, make_cache_inputs, make_problem
 from flash_rocm.virtual import Launch
 
 pytestmark = pytest.mark.ck
-GFX942 = runtime.arch_named("gfx942")
+GFX942 = arch_named("gfx942")
 #: A decode that splitkv_bf16_d128 runs.
 DECODE: dict[str, Any] = dict(
     dtype=torch.bfloat16,

@@ -16,13 +16,14 @@ from config_files import write
 from flash_rocm._ck import backend, build, build_cuda, cached, generate, library
 
 from flash_rocm import backends, ck_instances, cli, config, files, runtime
+from flash_rocm.arch import arch_named
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.runtime import BuildRequest
 from flash_rocm.testing import make_problem
 
 #: Of a Composable Kernel that is not there, so that a build that goes on does not go far.
 REQUEST = BuildRequest(("gfx942",), "forward_bf16_*", "/nowhere", "", "1")
-GFX942 = runtime.arch_named("gfx942")
+GFX942 = arch_named("gfx942")
 
 
 @pytest.fixture(autouse=True)

@@ -24,12 +24,13 @@ from flash_rocm._ck import build, instances, library, on_demand
 
 import flash_rocm
 from flash_rocm import backends, ck_instances, ck_store, cli, config, files, runtime
+from flash_rocm.arch import arch_named
 from flash_rocm.ck_instances import MANIFEST
 from flash_rocm.testing import make_problem
 
 #: As it is, which conftest.py takes away.
 WHY_NOT = build.why_not
-GFX942 = runtime.arch_named("gfx942")
+GFX942 = arch_named("gfx942")
 PROBLEM = make_problem(dtype=torch.bfloat16, headdim=128, window_right=0)
 NAME = "forward_bf16_d128_dense_masked"
 

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 import flash_rocm
-from flash_rocm import backends, cli, runtime, support
+from flash_rocm import backends, cli, support
+from flash_rocm.arch import CPU
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -32,7 +33,7 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert "gfx942.json" in out
     device_lines = out[out.index("device cpu") : out.index("kernel configs")].splitlines()
     for name in backends.CAPABILITIES:
-        reasons = backends.availability_reasons(name, runtime.CPU)
+        reasons = backends.availability_reasons(name, CPU)
         (line,) = (line for line in device_lines if line.split()[:1] == [name])
         assert all(reason in line for reason in reasons)
         assert ("available" in line) == (not reasons)

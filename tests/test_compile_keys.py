@@ -16,7 +16,7 @@ import torch
 from compile_keys import Recorded, cached, disk_key, jit_key, launch, launch_all, offline, record  # noqa: F401, a fixture
 
 from flash_rocm import runtime
-from flash_rocm.runtime import arch_named
+from flash_rocm.arch import arch_named
 from flash_rocm.testing import CacheCall, make_cache_inputs, make_inputs, make_problem
 
 KERNELS = ("forward", "backward_dq", "backward_dkdv")

@@ -10,6 +10,7 @@ import torch
 from config_files import ENTRY, FACTS, OPTIONS, write
 
 from flash_rocm import config, config_schema, runtime
+from flash_rocm.arch import arch_named
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.runtime import ConfigSource
 from flash_rocm.testing import make_problem
@@ -130,7 +131,7 @@ def test_the_compiler_acts_on_what_the_table_says(arch: str) -> None:
     from flash_rocm._triton.offline import source_of
 
     fields = {"batch": 1, "seqlen_q": 512, "seqlen_k": 512, "headdim": 64, "device_type": "cuda"}
-    target = runtime.arch_named(arch)
+    target = arch_named(arch)
     code, options = source_of("probs", make_problem(dtype=torch.float16, **fields), target)
     options |= dict.fromkeys(("waves_per_eu", "matrix_instr_nonkdim"), 0) | {"kpack": 1}
 

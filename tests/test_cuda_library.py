@@ -21,13 +21,14 @@ from kvcache_calls import check
 from test_auxiliary import problem_of
 
 import flash_rocm
-from flash_rocm import auxiliary, cli, config, cuda_library, files, runtime
+from flash_rocm import auxiliary, cli, config, cuda_library, files
+from flash_rocm.arch import arch_named, gpu_arch
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.testing import CacheCall, assert_caches_close, make_cache_inputs, oracle_cached
 from flash_rocm.testing.kvcache import oracle_combine
 from flash_rocm.tune import write as tune_write
 
-SM90 = runtime.arch_named("sm90")
+SM90 = arch_named("sm90")
 CHOICE = {"kernels": ["append"], "provenance": {"how": "first choice"}}
 
 
@@ -157,7 +158,7 @@ def explained(arch: str) -> str:
     q = torch.empty(4, 8, 128, dtype=torch.bfloat16, device="meta")
     pages = torch.empty(6, 16, 2, 128, dtype=torch.bfloat16, device="meta")
     starts, table = (torch.empty(n, dtype=torch.int32, device="meta") for n in ((3,), (2, 3)))
-    chip = runtime.arch_named(arch)
+    chip = arch_named(arch)
     return str(
         flash_rocm.explain(q, pages, pages, cu_seqlens_q=starts, cu_seqlens_k=starts, block_table=table, arch=chip)
     )
@@ -253,7 +254,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> list[st
 def test_calls_take_what_the_config_chooses(
     choice: list[str], launched: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arch = runtime.gpu_arch(torch.cuda.current_device()).name
+    arch = gpu_arch(torch.cuda.current_device()).name
     raw = dict(config.file_contents(arch)) | {"arch": arch, "auxiliary": CHOICE | {"kernels": choice}}
     (tmp_path / f"{arch}.json").write_text(json.dumps(raw))
     monkeypatch.setenv("FLASH_ROCM_CONFIG_DIR", str(tmp_path))

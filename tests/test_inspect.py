@@ -17,6 +17,7 @@ from foreign import NO_AITER, aiter_root
 
 from flash_rocm import backends, cli, config, runtime
 from flash_rocm.amdgpu.assembly import parse_amdgcn
+from flash_rocm.arch import arch_named
 from flash_rocm.config_schema import ConfigError, Limits
 from flash_rocm.inspect import InspectError, counts, inspect_problem, judge, kernels, objects, tables
 from flash_rocm.inspect import cli as inspect_cli
@@ -360,7 +361,7 @@ def test_scratch_is_what_llvm_calls_a_spill(arch: str) -> None:
 
     case = Case(arch, "probs", "fp16", 512, "full")
     source = source_with("probs", {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 1})
-    text, _ = listing(case.kernel, problem_of(case), runtime.arch_named(arch), source)
+    text, _ = listing(case.kernel, problem_of(case), arch_named(arch), source)
     annotated = re.findall(r"^\s+(?:scratch|buffer)_.*; \d+-byte Folded (?:Spill|Reload)", text, re.MULTILINE)
     found = [x for x in parse_amdgcn(text).instructions if counts.is_scratch(x, arch)]
     assert len(annotated) > 10
@@ -457,7 +458,7 @@ def test_a_disassembled_kernel_counts_as_its_assembly(arch: str, tmp_path: pathl
     from flash_rocm.inspect.kernels import problem_of
 
     case = Case(arch, "forward", *BF16_D128)
-    compiled = compile_kernel(case.kernel, problem_of(case), runtime.arch_named(arch))
+    compiled = compile_kernel(case.kernel, problem_of(case), arch_named(arch))
     path = tmp_path / "kernel.co"
     path.write_bytes(compiled.asm["hsaco"])
     (disassembled,) = objects.inspect_object(path, arch, case.kernel, case.headdim)

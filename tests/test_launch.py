@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flash_rocm import backends, config, ops, runtime
+from flash_rocm.arch import CPU
 from flash_rocm.problem import AttentionProblem, layout_of
 from flash_rocm.testing import Case, assert_attention_close, make_inputs, make_problem
 
@@ -129,13 +130,13 @@ def test_more_lds_than_the_chip_has_names_the_config(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_vec_divides_every_stride(itemsize: int, strides: tuple[int, int], vec: int) -> None:
-    current = plan("forward", make_problem(headdim=64), runtime.CPU)
+    current = plan("forward", make_problem(headdim=64), CPU)
     layout = ((strides[0] * 4, strides[1], strides[0]),)
     assert launch._layout_constants(current, itemsize, layout, 64)["VEC"] == vec
 
 
 def test_long_rows_take_64_bit_offsets() -> None:
-    current = plan("forward", make_problem(headdim=64), runtime.CPU)
+    current = plan("forward", make_problem(headdim=64), CPU)
     rows = max(current.config.BLOCK_M, current.config.BLOCK_N)
     wide = [
         launch._layout_constants(current, 2, ((0, row, 64),), 64)["WIDE"]

@@ -13,9 +13,9 @@ from test_adversarial import random, same
 
 import flash_rocm
 from flash_rocm import backends, runtime
+from flash_rocm.arch import CPU, Arch, amd_arch, arch_named, nvidia_arch
 from flash_rocm.layers import norm, rotary
 from flash_rocm.layers.cross_entropy import cross_entropy_loss
-from flash_rocm.runtime import Arch, amd_arch, nvidia_arch
 
 ARCHS = (
     *(amd_arch("gfx90a", 104), amd_arch("gfx942", 304), amd_arch("gfx950", 256)),
@@ -259,8 +259,8 @@ class TestSelection:
         for requested in ("auto", "ck"):
             assert backends.select_layers(half, self.GPU, requested) == "triton"
             assert backends.select_layers(double, self.GPU, requested) == "reference"
-            assert backends.select_layers(half, runtime.CPU, requested) == "reference"
-            assert backends.select_layers(half, runtime.arch_named("sm70"), requested) == "reference"
+            assert backends.select_layers(half, CPU, requested) == "reference"
+            assert backends.select_layers(half, arch_named("sm70"), requested) == "reference"
         assert backends.select_layers(half, self.GPU, "reference") == "reference"
         assert backends.select_layers(half, self.GPU, "triton") == "triton"
 
@@ -268,7 +268,7 @@ class TestSelection:
         with pytest.raises(flash_rocm.BackendError, match="float64 is not one of its dtypes"):
             backends.select_layers(torch.float64, self.GPU, "triton")
         with pytest.raises(flash_rocm.BackendError, match="older than sm80"):
-            backends.select_layers(torch.float16, runtime.arch_named("sm70"), "triton")
+            backends.select_layers(torch.float16, arch_named("sm70"), "triton")
         if not runtime.triton_interpret():
             with flash_rocm.use_backend("triton"), pytest.raises(flash_rocm.BackendError, match="on the CPU"):
                 rotary.apply_rotary(*rotary_inputs()[:1], *(t.detach() for t in rotary_inputs()[1:]))

@@ -22,7 +22,7 @@ BACKENDS = ("flash_rocm._triton", "flash_rocm._ck", "flash_rocm.reference")
 LEAVES = frozenset(
     f"flash_rocm.{name}"
     for name in (
-        *("problem", "runtime", "virtual_device", "validation", "files", "timing", "tuned"),
+        *("problem", "arch", "runtime", "virtual_device", "validation", "files", "timing", "tuned"),
         *("config", "config_schema", "config_checks"),
         *("sinks", "splits", "cache_validation", "ck_instances", "ck_store", "layer_calls", "variables", "auxiliary"),
         "cuda_library",

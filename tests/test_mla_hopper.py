@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from flash_rocm import runtime
+from flash_rocm.arch import Arch, amd_arch, nvidia_arch
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.problem import AttentionProblem
-from flash_rocm.runtime import Arch, nvidia_arch
 from flash_rocm.testing import CacheCall, make_problem
 
 pytest.importorskip("triton", reason="about a Triton kernel")
@@ -62,7 +62,7 @@ def test_not_taken(fields: dict[str, Any]) -> None:
 
 def test_other_chips_do_not_take_it() -> None:
     assert implementation(mla_problem(), nvidia_arch((8, 0), 108)) == "triton"
-    assert implementation(mla_problem(), runtime.amd_arch("gfx942", 304)) == "triton"
+    assert implementation(mla_problem(), amd_arch("gfx942", 304)) == "triton"
 
 
 def test_explain_tells(monkeypatch: pytest.MonkeyPatch) -> None:

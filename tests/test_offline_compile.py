@@ -14,8 +14,8 @@ import torch
 from compile_keys import Recorded, cached, compiled, record  # noqa: F401, a fixture
 
 from flash_rocm import runtime
+from flash_rocm.arch import Arch, amd_arch, nvidia_arch
 from flash_rocm.problem import AttentionProblem
-from flash_rocm.runtime import Arch, amd_arch, nvidia_arch
 from flash_rocm.testing import CacheCall, make_cache_inputs, make_problem
 
 KERNELS = ("forward", "backward_dq", "backward_dkdv", "probs")

@@ -12,6 +12,7 @@ import torch
 
 import flash_rocm
 from flash_rocm import backends, runtime
+from flash_rocm.arch import CPU, Arch, amd_arch, arch_named, nvidia_arch
 from flash_rocm.problem import FEATURES, AttentionProblem
 
 PLAIN = AttentionProblem(torch.float16, "cuda", 2, 128, 128, 4, 4, 64, 64, 0.125)
@@ -37,8 +38,8 @@ FEATURE_CHANGES: dict[str, dict[str, object]] = {
     "deterministic": {"deterministic": True},
     "backward": {"needs_grad": True},
 }
-GFX942 = runtime.amd_arch("gfx942", 304)
-SM90 = runtime.nvidia_arch((9, 0), 132)
+GFX942 = amd_arch("gfx942", 304)
+SM90 = nvidia_arch((9, 0), 132)
 
 
 @pytest.fixture(autouse=True)
@@ -71,14 +72,14 @@ def test_every_feature_has_a_problem() -> None:
     [
         (GFX942, ("ck", "triton"), "ck"),
         (GFX942, ("triton",), "triton"),
-        (runtime.amd_arch("gfx90a", 104), ("ck", "triton"), "ck"),
-        (runtime.amd_arch("gfx1100", 96), ("ck", "triton"), "triton"),  # CK has no RDNA kernels
+        (amd_arch("gfx90a", 104), ("ck", "triton"), "ck"),
+        (amd_arch("gfx1100", 96), ("ck", "triton"), "triton"),  # CK has no RDNA kernels
         (SM90, ("ck", "triton"), "triton"),
-        (runtime.CPU, ("ck", "triton"), "reference"),
-        (runtime.CPU, (), "reference"),
+        (CPU, ("ck", "triton"), "reference"),
+        (CPU, (), "reference"),
     ],
 )
-def test_auto_order(monkeypatch: pytest.MonkeyPatch, arch: runtime.Arch, built: tuple[str, ...], expected: str) -> None:
+def test_auto_order(monkeypatch: pytest.MonkeyPatch, arch: Arch, built: tuple[str, ...], expected: str) -> None:
     pretend_built(monkeypatch, *built)
     assert backends.select(PLAIN, arch, "auto") == expected
 
@@ -119,7 +120,7 @@ def test_all_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = dataclasses.replace(
         PLAIN, dtype=torch.float64, headdim=640, headdim_v=640, cached=True, page_size=16, qv=True
     )
-    reasons = "\n".join(backends.refusal_reasons("triton", problem, runtime.amd_arch("gfx906", 60)))
+    reasons = "\n".join(backends.refusal_reasons("triton", problem, amd_arch("gfx906", 60)))
     for word in ("not built", "gfx906", "float64", "headdim 640 is over 576", "qv with headdim 640"):
         assert word in reasons
 
@@ -137,20 +138,20 @@ def test_features_are_refused_exactly_where_not_declared(
 
 def test_reasons_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    first = list(backends.refusal_reasons("triton", PLAIN, runtime.CPU))
-    backends.refusal_reasons("triton", PLAIN, runtime.CPU)
-    assert backends.refusal_reasons("triton", PLAIN, runtime.CPU) == first
+    first = list(backends.refusal_reasons("triton", PLAIN, CPU))
+    backends.refusal_reasons("triton", PLAIN, CPU)
+    assert backends.refusal_reasons("triton", PLAIN, CPU) == first
 
 
 @pytest.mark.parametrize(
     ("arch", "reason"),
     [
-        (runtime.nvidia_arch((7, 5), 40), "GPU sm75 is older than sm80"),
-        (runtime.amd_arch("gfx906", 60), "device gfx906 is not one of"),
-        (runtime.amd_arch("gfx1030", 72), "device gfx1030 is not one of"),
+        (nvidia_arch((7, 5), 40), "GPU sm75 is older than sm80"),
+        (amd_arch("gfx906", 60), "device gfx906 is not one of"),
+        (amd_arch("gfx1030", 72), "device gfx1030 is not one of"),
     ],
 )
-def test_unsupported_gpu(monkeypatch: pytest.MonkeyPatch, arch: runtime.Arch, reason: str) -> None:
+def test_unsupported_gpu(monkeypatch: pytest.MonkeyPatch, arch: Arch, reason: str) -> None:
     pretend_built(monkeypatch, "ck", "triton")
     with pytest.raises(NotImplementedError, match=reason):
         backends.select(PLAIN, arch, "auto")
@@ -160,7 +161,7 @@ def test_unsupported_gpu(monkeypatch: pytest.MonkeyPatch, arch: runtime.Arch, re
 def test_compute_capabilities_compare_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_built(monkeypatch, "triton")
     for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
-        assert backends.select(PLAIN, runtime.nvidia_arch(capability, 100), "auto") == "triton"
+        assert backends.select(PLAIN, nvidia_arch(capability, 100), "auto") == "triton"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def test_explain_lists_every_back_ends_reasons(monkeypatch: pytest.MonkeyPatch) 
 
 def test_explain_agrees_with_select(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_built(monkeypatch, "ck")
-    archs = (GFX942, runtime.amd_arch("gfx906", 60), runtime.nvidia_arch((7, 5), 40), runtime.CPU)
+    archs = (GFX942, amd_arch("gfx906", 60), nvidia_arch((7, 5), 40), CPU)
     for arch, change in itertools.product(archs, FEATURE_CHANGES.values()):
         problem = dataclasses.replace(PLAIN, **change)  # type: ignore[arg-type]
         found = backends.explain_problem(problem, arch, "auto")
@@ -313,14 +314,14 @@ def test_explain_runs_nothing_and_takes_meta_tensors() -> None:
     ],
 )
 def test_amd_archs(name: str, cus: int, xcds: int, wave: int) -> None:
-    arch = runtime.amd_arch(name, cus)
+    arch = amd_arch(name, cus)
     assert (arch.num_xcds, arch.wave_size, arch.vendor) == (xcds, wave, "amd")
 
 
 def test_archs_by_name() -> None:
-    assert runtime.arch_named("gfx942") == GFX942
-    assert runtime.arch_named("sm90") == SM90
-    assert runtime.arch_named("sm100").name == "sm100"
-    assert runtime.arch_named("cpu") == runtime.CPU
+    assert arch_named("gfx942") == GFX942
+    assert arch_named("sm90") == SM90
+    assert arch_named("sm100").name == "sm100"
+    assert arch_named("cpu") == CPU
     with pytest.raises(ValueError, match="arch: expected"):
-        runtime.arch_named("mi300x")
+        arch_named("mi300x")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_models import DECODERS, NAME, WINDOW, assert_same, make, padded_batch, transformers, version
 
-from flash_rocm import ck_instances, runtime, virtual_device
+from flash_rocm import ck_instances, virtual_device
+from flash_rocm.arch import arch_named
 from flash_rocm.integrations import masks
 from flash_rocm.integrations import transformers as integration
 
@@ -104,7 +105,7 @@ def test_steps_that_a_back_end_has_kernels_for(
     instances = tuple(instance for instance in shipped.instances if instance.kernel in kernels)
     library = ck_instances.CkLibrary(shipped.folder, shipped.archs, instances)
     monkeypatch.setattr(ck_instances, "built", lambda: library)
-    monkeypatch.setattr(virtual_device, "arch_of", lambda device: runtime.arch_named("gfx942"))
+    monkeypatch.setattr(virtual_device, "arch_of", lambda device: arch_named("gfx942"))
     monkeypatch.setenv("FLASH_ROCM_BACKEND", requested)
     seen = []
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from flash_rocm import backends, cli, config, runtime, tuned, virtual_device
+from flash_rocm.arch import arch_named
 from flash_rocm.config_schema import Facts, Provenance
-from flash_rocm.runtime import arch_named
 from flash_rocm.tune import cli as tune_cli
 from flash_rocm.tune import shapes, write
 from flash_rocm.tuned import Outcome, TuneKey, TuningError

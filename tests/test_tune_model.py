@@ -19,10 +19,11 @@ pytest.importorskip("elftools", reason="needs flash_rocm[virtual]")
 from flash_rocm._triton import candidates, tuning, workers
 
 from flash_rocm import backends, cli, config, runtime, tuned
+from flash_rocm.arch import Arch, arch_named
 from flash_rocm.config_schema import Facts, Provenance
 from flash_rocm.inspect.model import visible_scores
 from flash_rocm.problem import AttentionProblem
-from flash_rocm.runtime import ConfigSource, arch_named
+from flash_rocm.runtime import ConfigSource
 from flash_rocm.tune import model
 from flash_rocm.tuned import Outcome, TuneKey, TuningError
 from flash_rocm.virtual import UnsupportedInstruction
@@ -51,7 +52,7 @@ def compiles_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_best_of_the_model_wins() -> None:
     asked: list[dict[str, int]] = []
 
-    def predict(kernel: str, problem: AttentionProblem, arch: runtime.Arch, source: ConfigSource) -> float:
+    def predict(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource) -> float:
         asked.append(options_of(source))
         if asked[-1]["num_warps"] == 2:
             raise UnsupportedInstruction("v_strange_b32")
@@ -71,7 +72,7 @@ def test_the_best_of_the_model_wins() -> None:
 def test_a_budget_that_is_over_leaves_the_default() -> None:
     asked: list[ConfigSource] = []
 
-    def predict(kernel: str, problem: AttentionProblem, arch: runtime.Arch, source: ConfigSource) -> float:
+    def predict(kernel: str, problem: AttentionProblem, arch: Arch, source: ConfigSource) -> float:
         asked.append(source)
         return 1e-3
 

@@ -19,9 +19,10 @@ from compile_keys import disk_key, launch, offline
 from flash_rocm._triton import candidates, plan, tuning, workers
 
 from flash_rocm import ops, runtime, tuned, virtual_device
+from flash_rocm.arch import arch_named
 from flash_rocm.config_schema import KernelConfig
 from flash_rocm.problem import AttentionProblem, layout_of
-from flash_rocm.runtime import ConfigSource, arch_named
+from flash_rocm.runtime import ConfigSource
 from flash_rocm.testing import assert_attention_close, make_inputs, make_problem
 from flash_rocm.tuned import Outcome, TuneKey, TuningError
 

@@ -16,6 +16,7 @@ from virtual_asm import changed, hand_written, places, without_line
 
 import flash_rocm
 from flash_rocm import runtime
+from flash_rocm.arch import arch_named
 from flash_rocm.testing import make_inputs, make_problem
 from flash_rocm.virtual import (
     BarrierDivergence,
@@ -408,7 +409,7 @@ def test_attention_without_a_barrier_or_a_wait() -> None:
 
     fields: dict[str, Any] = dict(dtype=torch.bfloat16, batch=1, nheads=1, seqlen_q=128, seqlen_k=256, headdim=64)
     problem = make_problem(**fields)
-    text = compile_kernel("forward", problem, runtime.arch_named("gfx942")).asm["amdgcn"]
+    text = compile_kernel("forward", problem, arch_named("gfx942")).asm["amdgcn"]
     captured: list[Launch] = []
     with flash_rocm.virtual_gpu("gfx942", on_launch=captured.append):
         flash_rocm.flash_attn_func(*make_inputs(problem).inputs[:3])

@@ -30,6 +30,7 @@ from triton.runtime.jit import create_function_from_signature
 import flash_rocm
 from flash_rocm import cli, runtime, virtual_device
 from flash_rocm.amdgpu.chips import CHIPS
+from flash_rocm.arch import arch_named
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.testing import assert_attention_close, make_inputs, make_problem
 from flash_rocm.virtual import Launch, LaunchStats
@@ -64,7 +65,7 @@ def test_variable_takes_calls_to_the_chip(
 ) -> None:
     q, k, v = inputs()
     monkeypatch.setenv("FLASH_ROCM_VIRTUAL_GPU", "gfx942")
-    assert virtual_device.arch_of(q.device) == runtime.arch_named("gfx942")
+    assert virtual_device.arch_of(q.device) == arch_named("gfx942")
     found = str(flash_rocm.explain(q, k, v, causal=True))
     assert "gfx942.json triton" in found
     assert cli.main(["info"]) == 0
@@ -193,7 +194,7 @@ def test_specialisation_is_that_of_tritons_launcher(layout: str, monkeypatch: py
         return compile_source(source, target=target, options=options)
 
     def launches(kernel: Any, current: Any, programs: int, tensors: Any, numbers: Any, constants: Any) -> None:
-        backend = make_backend(compiling.target_of(runtime.arch_named("gfx942")))
+        backend = make_backend(compiling.target_of(arch_named("gfx942")))
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         used = {param.name: constants[param.name] for param in kernel.params if param.is_constexpr}
         arguments, specialization, options = bind(*tensors, *numbers, **used, **current.options)

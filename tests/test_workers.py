@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from flash_rocm import runtime
-from flash_rocm.runtime import ConfigSource, arch_named
+from flash_rocm.arch import arch_named
+from flash_rocm.runtime import ConfigSource
 from flash_rocm.testing import make_problem
 
 pytest.importorskip("triton", reason="compiles Triton kernels")

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 
 from flash_rocm import auxiliary, cache_validation, cuda_library, runtime, virtual_device
+from flash_rocm.arch import Arch
 from flash_rocm.config_schema import KernelConfig
 from flash_rocm.problem import AttentionProblem, CacheInputs, cache_layout_of
-from flash_rocm.runtime import Arch, ConfigSource
+from flash_rocm.runtime import ConfigSource
 from flash_rocm.splits import choose_splits
 
 from .cache_kernels import attn_cache_kernel, attn_combine_kernel, kv_append_kernel

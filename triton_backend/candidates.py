@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterator
 
 from flash_rocm.amdgpu.chips import CHIPS, NVIDIA_SHARED
+from flash_rocm.arch import Arch
 from flash_rocm.config_schema import KernelConfig
-from flash_rocm.runtime import Arch
 
 from .plan import larger_part
 

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from flash_rocm.runtime import Arch
+from flash_rocm.arch import Arch
 
 from .descriptors import Tile
 

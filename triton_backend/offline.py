@@ -16,8 +16,9 @@ import triton
 from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_key, get_cache_manager
 
+from flash_rocm.arch import Arch
 from flash_rocm.problem import AttentionProblem
-from flash_rocm.runtime import Arch, ConfigSource
+from flash_rocm.runtime import ConfigSource
 
 from .cached import ATTEND, num_splits_of
 from .compile import Pointer, source_for, target_of

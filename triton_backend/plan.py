@@ -11,9 +11,10 @@ import torch
 
 from flash_rocm import config, runtime, tuned
 from flash_rocm.amdgpu.chips import CHIPS
+from flash_rocm.arch import Arch
 from flash_rocm.config_schema import ConfigError, Facts, KernelConfig
 from flash_rocm.problem import AttentionProblem, dropout_threshold
-from flash_rocm.runtime import Arch, ConfigSource
+from flash_rocm.runtime import ConfigSource
 from flash_rocm.tuned import TuneKey
 
 LOG2E = math.log2(math.e)

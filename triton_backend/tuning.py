@@ -22,9 +22,10 @@ import torch
 
 from flash_rocm import config, runtime, timing, tuned, virtual_device
 from flash_rocm.amdgpu.chips import CHIPS, NVIDIA_SHARED
+from flash_rocm.arch import Arch
 from flash_rocm.config_schema import KernelConfig, Provenance
 from flash_rocm.problem import AttentionProblem, default_softmax_scale
-from flash_rocm.runtime import Arch, ConfigSource
+from flash_rocm.runtime import ConfigSource
 from flash_rocm.tuned import CacheTuneKey, Outcome, TuneKey, TuningError
 
 from . import cache_tuning, launch, workers

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from flash_rocm import runtime, virtual_device
+from flash_rocm import virtual_device
 from flash_rocm.amdgpu.chips import CHIPS
+from flash_rocm.arch import arch_named
 
 from .compile import BUFFER_BYTES, Pointer, compile_for
 from .plan import Launchable
@@ -64,7 +65,7 @@ def launch(
     device = virtual_device.active()
     if device is None:
         raise RuntimeError("q: expected a tensor on a GPU, or a virtual GPU in use, got a CPU tensor and none.")
-    arch = runtime.arch_named(device.arch)
+    arch = arch_named(device.arch)
     gpu = VirtualGpu(device.arch)
     memory = _Memory(gpu)
     pointers: dict[str, Pointer | None] = {}

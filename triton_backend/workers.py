@@ -21,8 +21,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from flash_rocm import runtime
+from flash_rocm.arch import Arch
 from flash_rocm.problem import AttentionProblem
-from flash_rocm.runtime import Arch, ConfigSource
+from flash_rocm.runtime import ConfigSource
 
 _PROGRAM = f"{__package__}.compile_worker"
 

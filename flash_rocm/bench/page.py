@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flash_rocm import backends, config
+from flash_rocm.arch import NVIDIA_ARCHS
 from flash_rocm.bench import plot
 from flash_rocm.bench.decode import Decode
 from flash_rocm.bench.environment import headline
@@ -24,7 +25,6 @@ from flash_rocm.bench.results import Results
 from flash_rocm.config_schema import HOW, PROVENANCE_KEYS
 from flash_rocm.inspect.model import Prediction
 from flash_rocm.inspect.report import Case
-from flash_rocm.runtime import NVIDIA_ARCHS
 from flash_rocm.timing import median
 
 _STYLE = """

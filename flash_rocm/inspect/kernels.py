@@ -14,6 +14,7 @@ import torch
 
 from flash_rocm import backends, config, files, runtime
 from flash_rocm.amdgpu.assembly import AssemblyError, parse_amdgcn
+from flash_rocm.arch import arch_named
 from flash_rocm.config_schema import ConfigError, KernelConfig
 from flash_rocm.problem import AttentionProblem, default_softmax_scale
 from flash_rocm.runtime import ConfigSource
@@ -95,7 +96,7 @@ def check_case(case: Case) -> None:
     if case.kernel != "mla" and not 1 <= case.headdim <= limit:
         raise InspectError(f"headdim: expected 1 to {limit}, got {case.headdim}")
     try:
-        arch = runtime.arch_named(case.arch)
+        arch = arch_named(case.arch)
     except ValueError as error:
         raise InspectError(str(error)) from error
     known = arch.name in backends.TRITON.archs if arch.vendor == "amd" else arch.vendor == "nvidia"
@@ -168,7 +169,7 @@ def _cache_problem_of(case: Case) -> AttentionProblem:
 
 def compiled_report(case: Case, source: ConfigSource | None) -> Report:
     """Compile, count, and keep the result."""
-    arch, problem = runtime.arch_named(case.arch), problem_of(case)
+    arch, problem = arch_named(case.arch), problem_of(case)
     planner = backends.load_planner()
     entry = _entry_of(case, source)
     try:
@@ -210,7 +211,7 @@ def _entry_of(case: Case, source: ConfigSource | None) -> KernelConfig:
     """The config of the kernel that is compiled: a forward of plain tensors, where the problem allows that."""
     planner, problem = backends.load_planner(), problem_of(case)
     plain = planner.is_built_plain(case.kernel, problem)
-    return planner.kernel_config(case.kernel, problem, runtime.arch_named(case.arch), source, plain)
+    return planner.kernel_config(case.kernel, problem, arch_named(case.arch), source, plain)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def _sources_hash() -> str:
 
 
 def _cache_path(case: Case, source: ConfigSource | None) -> pathlib.Path:
-    arch, problem = runtime.arch_named(case.arch), problem_of(case)
+    arch, problem = arch_named(case.arch), problem_of(case)
     entry = _entry_of(case, source)
     key = (FORMAT, _sources_hash(), runtime.triton_version(), arch, problem, case, entry.options())
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]

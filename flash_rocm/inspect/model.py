@@ -30,6 +30,7 @@ import torch
 import flash_rocm
 from flash_rocm import runtime
 from flash_rocm.amdgpu.chips import CHIPS, PRODUCTS
+from flash_rocm.arch import arch_named
 
 from .counts import InspectError, Mix, count, flop_rate, is_cdna
 from .kernels import CACHE_KERNELS, DTYPES, MLA_HEADDIM, MLA_HEADDIM_V
@@ -126,7 +127,7 @@ def predict(launch: Any, stats: Any, flop: float, itemsize: int) -> Prediction:
     name = launch.code.arch
     if name not in PRODUCTS:
         raise InspectError(f"arch: the speed model expects one of {', '.join(PRODUCTS)}, got {name!r}")
-    product, chip, arch = PRODUCTS[name], CHIPS[name], runtime.arch_named(name)
+    product, chip, arch = PRODUCTS[name], CHIPS[name], arch_named(name)
     simds, issue = (4, 4) if is_cdna(name) else (2, 1)
     mix = _counted(stats, name)
     registers = launch.code.descriptor.vgprs + launch.code.descriptor.agprs

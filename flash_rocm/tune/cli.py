@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from flash_rocm import backends, runtime, tuned, virtual_device
+from flash_rocm.arch import Arch, arch_named
 from flash_rocm.config_schema import ConfigError
 from flash_rocm.inspect.cli import names
 from flash_rocm.tuned import CacheTuneKey, Outcome, TuneKey, TuningError
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _by_model(args: argparse.Namespace) -> tuple[runtime.Arch, Tune, str]:
+def _by_model(args: argparse.Namespace) -> tuple[Arch, Tune, str]:
     """What --model tunes for, how, and where results are kept: apart, so that no call takes them for measured."""
     if args.arch is not None:
         raise shapes.ShapesError(f"--arch: expected none beside --model, which names the chip, got {args.arch!r}")
@@ -86,18 +87,18 @@ def _by_model(args: argparse.Namespace) -> tuple[runtime.Arch, Tune, str]:
     from . import model
 
     model.check_arch(args.model)
-    arch = runtime.arch_named(args.model)
+    arch = arch_named(args.model)
     return arch, lambda key, *rest: model.tune(key, arch, *rest), "modelled"
 
 
-def _on_gpu(args: argparse.Namespace) -> tuple[runtime.Arch, Tune, str]:
+def _on_gpu(args: argparse.Namespace) -> tuple[Arch, Tune, str]:
     """The same on the GPU that is here."""
     device, arch = _device(args.arch)
     tune = backends.load_tuner().tune
     return arch, lambda key, *rest: tune(key, device, *rest), "tuning"
 
 
-def _device(wanted: str | None) -> tuple[torch.device, runtime.Arch]:
+def _device(wanted: str | None) -> tuple[torch.device, Arch]:
     if not torch.cuda.is_available():
         raise shapes.ShapesError(
             "expected a GPU to measure on, found none. Hint: --model gfx942 compares configs without one."

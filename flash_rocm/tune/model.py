@@ -14,11 +14,12 @@ from typing import Any
 
 from flash_rocm import backends, virtual_device
 from flash_rocm.amdgpu.chips import PRODUCTS
+from flash_rocm.arch import Arch
 from flash_rocm.bench.progress import Progress
 from flash_rocm.config_schema import ConfigError, Provenance
 from flash_rocm.inspect import InspectError, model
 from flash_rocm.problem import AttentionProblem
-from flash_rocm.runtime import Arch, ConfigSource
+from flash_rocm.runtime import ConfigSource
 from flash_rocm.tuned import Outcome, TuneKey
 
 #: Scores of the launch that is executed: long enough for the loops, short enough for seconds a candidate.

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from flash_rocm import backends
+from flash_rocm.arch import Arch
 from flash_rocm.problem import AttentionProblem, default_softmax_scale
-from flash_rocm.runtime import Arch
 from flash_rocm.tuned import CACHE_GROUPS, GROUPS, MASKS, TuneKey
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
