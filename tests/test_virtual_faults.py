@@ -295,6 +295,24 @@ def test_lds_writes_not_waited_for_at_a_barrier(order: str) -> None:
         run_lines(lines.format("", f"{wait}\n s_barrier", *access), waves=2, order=order)
 
 
+@pytest.mark.parametrize(
+    ("load", "most"), [("global_load_dword v{}, v1, s[4:5]", 63), ("ds_read_b32 v{}, v1", 15)], ids=("vm", "ds")
+)
+def test_no_wait_where_the_counter_is_full(load: str, most: int) -> None:
+    """Of more loads than the counter holds the first has returned, whose wait compilers leave out."""
+    store = "ds_write_b32 v1, v1\n s_waitcnt lgkmcnt(0)\n"
+    for younger in (most, most - 1):
+        loads = "\n".join(load.format(2 + number) for number in range(1 + younger))
+        lines = f"{PROLOGUE}\n{store}\n{loads}\n v_mov_b32_e32 v1, v2\n s_waitcnt vmcnt(0) lgkmcnt(0)"
+        if younger == most:
+            run_lines(lines)
+            with pytest.raises(MissingWait, match="v3 is used before the wait for its load"):
+                run_lines(lines.replace("v1, v2", "v1, v3"))
+        else:
+            with pytest.raises(MissingWait, match="v2 is used before the wait for its load"):
+                run_lines(lines)
+
+
 def test_workgroups_that_write_to_one_place() -> None:
     code, _ = kernels.build(kernels.same_place_kernel, "gfx942", FLOATS, 256)
     with pytest.raises(GlobalConflict, match="writes what workgroup . wrote in this launch: byte .* of 'y'"):

@@ -45,10 +45,13 @@ class Tracker:
     """
 
     COUNTERS = ("vm", "vs", "ds", "sm")
+    #: The most that CDNA's counters can hold: what would be one more is not issued before the oldest has returned.
+    MOST_IN_FLIGHT = {"vm": 63, "ds": 15}
 
     def __init__(self, waves: int, rows: int, gfx9: bool) -> None:
         self.rows = rows
         self.vgprs = rows
+        self.most = self.MOST_IN_FLIGHT if gfx9 else {}
         size = _S_BIT + _S_ROWS
         self.issued = {c: np.zeros(waves, np.int32) for c in self.COUNTERS}
         self.done = {c: np.zeros(waves, np.int32) for c in self.COUNTERS}
@@ -99,10 +102,18 @@ class Tracker:
             touched = mask & (reads if name == counter else reads | writes)
             if touched:
                 bits = bits_of(touched)
-                late = self.ready[name][bits][:, group.sel] > self.done[name][group.sel]
+                late = self._late(group, name, bits)
+                if late.any() and name in self.most:
+                    done, issued = self.done[name], self.issued[name]
+                    done[group.sel] = np.maximum(done[group.sel], issued[group.sel] - self.most[name])
+                    late = self._late(group, name, bits)
                 if late.any():
                     bit = bits[int(np.nonzero(late.any(axis=1))[0][0])]
                     raise MissingWait(f"{register_name(bit, self.vgprs)} is used before the wait for its load ({name})")
+
+    def _late(self, group: Any, counter: str, bits: list[int]) -> Any:
+        """Which registers wait for a load, in which waves."""
+        return self.ready[counter][bits][:, group.sel] > self.done[counter][group.sel]
 
     def _missing(self, group: Any, reads: int, sink: bool) -> Any:
         """Which waves lack a source, as results of undefined sources are undefined; a sink must not lack any.
