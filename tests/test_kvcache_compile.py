@@ -252,6 +252,20 @@ def test_nothing_waits_for_the_gpu(page_size: int) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("name", calls_of_inference("cpu"))
+def test_no_function_waits_for_the_gpu(name: str) -> None:
+    function, arguments = calls_of_inference("cuda")[name]
+    function(**arguments)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(**arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_every_call_counts(device: str) -> None:
     """What is remembered between calls keeps no tensor: other lengths and caches of the same shapes are read."""
     first, second = full_call(device), full_call(device)
