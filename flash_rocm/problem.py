@@ -134,7 +134,7 @@ class CacheInputs(NamedTuple):
 
     def with_layout(self) -> CacheInputs:
         """These tensors, all plain or None, and their layout."""
-        return CacheInputs._make((*self[:-1], cache_layout_of(self))) if self.layout is None else self
+        return self if self.layout is not None else tuple.__new__(CacheInputs, (*self[:-1], cache_layout_of(self)))
 
     @property
     def requires_grad(self) -> bool:
@@ -163,9 +163,8 @@ _launches: dict[tuple[Any, ...], object] = {}
 
 def cache_layout_of(inputs: CacheInputs) -> CacheLayout:
     """The shared layout of a call whose tensors have these shapes, strides, dtypes and devices (all concrete)."""
-    facts = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in inputs.tensors]
-    key = tuple(facts)
-    found = _cache_layouts.get(key)
+    facts = tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in inputs[:-1]])
+    found = _cache_layouts.get(facts)
     if found is None:
         if len(_cache_layouts) >= _LAYOUTS_MAX:
             _cache_layouts.clear()
@@ -174,7 +173,7 @@ def cache_layout_of(inputs: CacheInputs) -> CacheLayout:
         table, cos = inputs.block_table, inputs.rotary_cos
         # Slices, because nothing has been checked yet.
         lengths = (inputs.k.shape[:2], table is None or table.shape[1:], cos is None or cos.shape[:1])
-        found = _cache_layouts[key] = CacheLayout(_launches.setdefault((rest, lengths), object()))
+        found = _cache_layouts[facts] = CacheLayout(_launches.setdefault((rest, lengths), object()))
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,17 +15,8 @@ from flash_rocm.runtime import Arch, ConfigSource
 from flash_rocm.splits import choose_splits
 
 from .cache_kernels import attn_cache_kernel, attn_combine_kernel, kv_append_kernel
-from .launch import (
-    Call,
-    Launcher,
-    Tensors,
-    divisor_of_strides,
-    is_plain_call,
-    pointers_of,
-    settle,
-    slopes_stride,
-    strides_of,
-)
+from .launch import is_plain_call, settle, slopes_stride
+from .launcher import Call, Launcher, Tensors, divisor_of_strides, pointers_of, strides_of
 from .mla_hopper import attn_mla_kernel
 from .plan import MAX_TILE_D, Plan, block_d, cache_kernel, cache_plan, is_absorbed, is_plain, workgroups_per_cu
 
@@ -32,6 +25,18 @@ COMBINE = Launcher(attn_combine_kernel)
 APPEND = Launcher(kv_append_kernel)
 #: Parts of a sequence that the combine kernel weighs at a time.
 _BLOCK_S = 16
+#: Where the attention kernel has its pointer of softmax_lse, behind which come these inputs.
+_LSE = 6
+_OTHERS = operator.itemgetter(
+    *(
+        CacheInputs._fields.index(name)
+        for name in (
+            *("alibi_slopes", "sinks", "rotary_cos", "rotary_sin", "cu_seqlens_q", "cu_seqlens_k"),
+            *("cu_seqlens_k_new", "seqused_q", "seqused_k", "rotary_seqlens", "cache_batch_idx", "leftpad_k"),
+            "block_table",
+        )
+    )
+)
 
 
 def _first(x: torch.Tensor | None) -> int:
@@ -90,21 +95,40 @@ def num_splits_of(problem: AttentionProblem, current: Plan, arch: Arch) -> int:
 
 
 class _Shapes(NamedTuple):
-    """Of what a call writes."""
+    """Of what a call writes, all of it contiguous; strides are (batch, head) ones, 0 for the batch of varlen."""
 
     out: tuple[int, ...]
     lse: tuple[int, ...]
-    parts: tuple[int, ...]  # out and softmax_lse of splits
-    parts_lse: tuple[int, ...]
-    lse_strides: tuple[int, int]  # (batch, head) of softmax_lse
+    lse_steps: tuple[int, ...]  # its strides
+    lse_strides: tuple[int, int]
+    parts: tuple[int, ...]  # softmax_lse of splits; out of splits has headdim_v besides
+    parts_lse_strides: tuple[int, int]
+    parts_lse_at: int  # where it starts in the memory that both have, of parts_size floats
+    parts_size: int
 
     @classmethod
     def of(cls, rows: tuple[int, ...], headdim_v: int, num_splits: int) -> _Shapes:
         """rows: (batch, seqlen_q, nheads), or of varlen (total_q, nheads)."""
         *batch, length, nheads = rows
         parts = (*rows, num_splits)
-        lse_strides = (nheads * length if batch else 0, length)
-        return cls((*rows, headdim_v), (*batch, nheads, length), (*parts, headdim_v), parts, lse_strides)
+        count = math.prod(parts)
+        lse_at = -(-count * headdim_v // 4) * 4  # a multiple of 16 bytes
+        return cls(
+            out=(*rows, headdim_v),
+            lse=(*batch, nheads, length),
+            lse_steps=(*(nheads * length for _ in batch), length, 1),
+            lse_strides=(nheads * length if batch else 0, length),
+            parts=parts,
+            parts_lse_strides=(length * nheads * num_splits if batch else 0, num_splits),
+            parts_lse_at=lse_at,
+            parts_size=lse_at + count,
+        )
+
+    def parts_in(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and softmax_lse of splits, in that order in the memory that they share."""
+        headdim_v = self.out[-1]
+        out = memory[: math.prod(self.parts) * headdim_v].view(*self.parts, headdim_v)
+        return out, memory[self.parts_lse_at :].view(self.parts)
 
 
 class Route:
@@ -177,37 +201,37 @@ def attend_along(
     q, v, num_splits = inputs.q, inputs.v, route.num_splits
     q_1, k_1, q_2, k_2 = parts
     shapes = route.dense or _Shapes.of(q.shape[:-1], problem.headdim_v, num_splits)
+    device = q.device
     # Kernels write every row that a sequence owns; others keep what is filled in.
     may_skip_rows = problem.varlen or inputs.seqused_q is not None
     if may_skip_rows:
         out, lse = q.new_zeros(shapes.out), q.new_full(shapes.lse, float("-inf"), dtype=torch.float32)
     else:
-        # empty_like where it gives the same: half the host time of a shape in Python.
+        # What gives the same in less time than a shape and a type: half, and two thirds of it.
         is_like_q = problem.headdim == problem.headdim_v and q.is_contiguous()
         out = torch.empty_like(q) if is_like_q else q.new_empty(shapes.out)
-        lse = q.new_empty(shapes.lse, dtype=torch.float32)
+        lse = torch.empty_strided(shapes.lse, shapes.lse_steps, dtype=torch.float32, device=device)
     target, target_lse, lse_strides = out, lse, shapes.lse_strides
     if num_splits > 1:
-        target = q.new_empty(shapes.parts, dtype=torch.float32)
-        target_lse = q.new_empty(shapes.parts_lse, dtype=torch.float32)
+        # One allocation; as two tensors it is seen only where a tensor is asked for.
+        target = target_lse = torch.empty(shapes.parts_size, dtype=torch.float32, device=device)
         if may_skip_rows:
-            target_lse.fill_(float("-inf"))
-        lse_strides = (0 if problem.varlen else target_lse.stride(0), num_splits)
+            shapes.parts_in(target)[1].fill_(float("-inf"))
+        lse_strides = shapes.parts_lse_strides
     errors = _error_buffer(inputs)
-    tensors = (
-        *(q_1, k_1, v, q_2, k_2, target, target_lse, inputs.alibi_slopes, inputs.sinks),
-        *(inputs.rotary_cos, inputs.rotary_sin, inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.cu_seqlens_k_new),
-        *(inputs.seqused_q, inputs.seqused_k, inputs.rotary_seqlens, inputs.cache_batch_idx, inputs.leftpad_k),
-        *(inputs.block_table, errors),
-    )
+    tensors: Tensors = (q_1, k_1, v, q_2, k_2, target, target_lse, *_OTHERS(inputs), errors)
     pointers, facts = pointers_of(tensors)
+    if num_splits > 1:
+        pointers[_LSE] = target.data_ptr() + 4 * shapes.parts_lse_at
     key = (route, facts, errors is None)
     if not route.launcher.launch_known(key, [*pointers, *lse_strides]):
+        if num_splits > 1:
+            tensors = (*tensors[: _LSE - 1], *shapes.parts_in(target), *tensors[_LSE + 1 :])
         call = _attend_call(problem, inputs, route.plan, tensors, (q_1, k_1, v, q_2), lse_strides, num_splits)
         route.launcher.launch_new(key, call)
     _raise_reported(errors, inputs)
     if num_splits > 1:
-        _combine_parts(target, target_lse, out, lse, shapes.lse_strides)
+        _combine_parts(route, shapes, target, out, lse)
     return out, lse
 
 
@@ -249,27 +273,24 @@ def _attend_call(
 
 
 def _combine_parts(
-    out_partial: torch.Tensor,
-    lse_partial: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    lse_strides: tuple[int, int],
+    route: Route, shapes: _Shapes, memory: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
-    """Combine parts (..., nheads, num_splits[, headdim_v]) of dense or varlen rows into out and softmax_lse."""
+    """Combine the parts that a route has left in memory into out and softmax_lse."""
     if (launch := cuda_library.launch_of("combine", out.device)) is not None:
-        auxiliary.combine_parts(launch, out_partial, lse_partial, out, lse)
+        auxiliary.combine_parts(launch, *shapes.parts_in(memory), out, lse)
         return
-    tensors = (out_partial, lse_partial, out, lse)
-    pointers, facts = pointers_of(tensors)
-    key = (out_partial.shape, out.dtype, out.device, facts)
-    if COMBINE.launch_known(key, [*pointers, *lse_strides]):
+    pointers, facts = pointers_of((memory, memory, out, lse))
+    pointers[1] = memory.data_ptr() + 4 * shapes.parts_lse_at
+    key = (route, shapes.parts, facts)
+    if COMBINE.launch_known(key, [*pointers, *shapes.lse_strides]):
         return
-    *_, rows, nheads, num_splits = lse_partial.shape
+    out_partial, lse_partial = shapes.parts_in(memory)
+    *_, rows, nheads, num_splits = shapes.parts
     dim_v, varlen = out.shape[-1], out.dim() == 3
     head, row = num_splits, nheads * num_splits  # both are contiguous, and softmax_lse's dims are in another order
     call = _combine_call(
-        tensors,
-        (*lse_strides, 1),
+        (out_partial, lse_partial, out, lse),
+        (*shapes.lse_strides, 1),
         (0 if varlen else rows * row * dim_v, row * dim_v, head * dim_v, dim_v),
         (0 if varlen else rows * row, row, head, 1),
         num_splits,
