@@ -95,7 +95,7 @@ def inputs_of(problem: AttentionProblem, device: torch.device, count: int) -> li
             return whole[..., problem.headdim_v :], whole[..., : problem.headdim_v]
         return random(*places, heads_k, problem.headdim), random(*places, heads_k, problem.headdim_v)
 
-    return [CacheInputs(q, *caches(), **rest) for _ in range(count)]
+    return [CacheInputs(q, *caches(), **rest).with_layout() for _ in range(count)]
 
 
 def runner(problem: AttentionProblem, device: torch.device) -> tuple[Callable[[ConfigSource], None], int]:

@@ -10,13 +10,13 @@ import torch
 
 from flash_rocm import auxiliary, cache_validation, cuda_library, runtime, virtual_device
 from flash_rocm.config_schema import KernelConfig
-from flash_rocm.problem import AttentionProblem, CacheInputs, cache_layout_of
+from flash_rocm.problem import AttentionProblem, CacheInputs
 from flash_rocm.runtime import Arch, ConfigSource
 from flash_rocm.splits import choose_splits
 
 from .cache_kernels import attn_cache_kernel, attn_combine_kernel, kv_append_kernel
 from .launch import is_plain_call, settle, slopes_stride
-from .launcher import Call, Launcher, Tensors, divisor_of_strides, pointers_of, strides_of
+from .launcher import Call, Launcher, Tensors, divisor_of_strides, far_ones, pointers_of, strides_of
 from .mla_hopper import attn_mla_kernel
 from .plan import MAX_TILE_D, Plan, block_d, cache_kernel, cache_plan, is_absorbed, is_plain, workgroups_per_cu
 
@@ -25,17 +25,22 @@ COMBINE = Launcher(attn_combine_kernel)
 APPEND = Launcher(kv_append_kernel)
 #: Parts of a sequence that the combine kernel weighs at a time.
 _BLOCK_S = 16
-#: Where the attention kernel has its pointer of softmax_lse, behind which come these inputs.
-_LSE = 6
-_OTHERS = operator.itemgetter(
-    *(
-        CacheInputs._fields.index(name)
-        for name in (
-            *("alibi_slopes", "sinks", "rotary_cos", "rotary_sin", "cu_seqlens_q", "cu_seqlens_k"),
-            *("cu_seqlens_k_new", "seqused_q", "seqused_k", "rotary_seqlens", "cache_batch_idx", "leftpad_k"),
-            "block_table",
-        )
-    )
+
+
+def _getter(*names: str) -> operator.itemgetter:
+    """Of these inputs, or of their addresses, in the order of a kernel's pointers."""
+    return operator.itemgetter(*map(CacheInputs._fields.index, names))
+
+
+#: Pointers of the attention kernel behind that of softmax_lse, and of the append kernel, but for the last of both:
+#: where checks report.
+_OTHERS = _getter(
+    *("alibi_slopes", "sinks", "rotary_cos", "rotary_sin", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new"),
+    *("seqused_q", "seqused_k", "rotary_seqlens", "cache_batch_idx", "leftpad_k", "block_table"),
+)
+_APPENDED = _getter(
+    *("k_new", "v_new", "k", "v", "rotary_cos", "rotary_sin", "cu_seqlens_k_new", "seqused_k", "rotary_seqlens"),
+    *("cache_batch_idx", "block_table"),
 )
 
 
@@ -153,10 +158,10 @@ _ROUTES_MAX = 4096
 def _route_of(
     problem: AttentionProblem, inputs: CacheInputs, v_is_k2: bool, plain: bool, configs: ConfigSource | None
 ) -> Route:
-    layout, q = inputs.layout or cache_layout_of(inputs), inputs.q
+    layout, q = inputs.layout, inputs.q
     # The layout names the device, and a CPU may be one virtual GPU after another.
     chip = None if q.is_cuda else virtual_device.arch_of(q.device).name
-    key = (problem, layout.launch, configs, v_is_k2, plain, chip)
+    key = (problem, layout and layout.launch, configs, v_is_k2, plain, chip, far_ones(inputs))
     route = _routes.get(key)
     if route is None:
         kernel = cache_kernel(problem, v_is_k2)
@@ -173,6 +178,7 @@ def _route_of(
 
 def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse over a K/V cache; see :class:`flash_rocm.protocols.Backend`."""
+    inputs = inputs.with_layout()  # as it is, in nearly all calls
     parts = q_1, k_1, q_2, k_2 = parts_of(problem, inputs)
     v_is_k2 = plain = False
     if q_2 is not q_1:
@@ -197,7 +203,7 @@ def route_with(source: ConfigSource, problem: AttentionProblem, device: torch.de
 def attend_along(
     route: Route, problem: AttentionProblem, inputs: CacheInputs, parts: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`attend`, whose route is known; parts: :func:`parts_of` the inputs."""
+    """:func:`attend`, whose route is known, of inputs with their layout; parts: :func:`parts_of` them."""
     q, v, num_splits = inputs.q, inputs.v, route.num_splits
     q_1, k_1, q_2, k_2 = parts
     shapes = route.dense or _Shapes.of(q.shape[:-1], problem.headdim_v, num_splits)
@@ -211,27 +217,38 @@ def attend_along(
         is_like_q = problem.headdim == problem.headdim_v and q.is_contiguous()
         out = torch.empty_like(q) if is_like_q else q.new_empty(shapes.out)
         lse = torch.empty_strided(shapes.lse, shapes.lse_steps, dtype=torch.float32, device=device)
-    target, target_lse, lse_strides = out, lse, shapes.lse_strides
+    outputs: tuple[torch.Tensor, ...] = (out, lse)
     if num_splits > 1:
-        # One allocation; as two tensors it is seen only where a tensor is asked for.
-        target = target_lse = torch.empty(shapes.parts_size, dtype=torch.float32, device=device)
+        # One allocation, which is seen as two tensors only where a tensor is asked for.
+        memory = torch.empty(shapes.parts_size, dtype=torch.float32, device=device)
         if may_skip_rows:
-            shapes.parts_in(target)[1].fill_(float("-inf"))
-        lse_strides = shapes.parts_lse_strides
+            shapes.parts_in(memory)[1].fill_(float("-inf"))
+        outputs = (out, lse, memory)
     errors = _error_buffer(inputs)
-    tensors: Tensors = (q_1, k_1, v, q_2, k_2, target, target_lse, *_OTHERS(inputs), errors)
-    pointers, facts = pointers_of(tensors)
+    pointers, facts = pointers_of(outputs)
+    out_at, lse_at = pointers[:2]
+    target, target_lse, lse_strides = out_at, lse_at, shapes.lse_strides
     if num_splits > 1:
-        pointers[_LSE] = target.data_ptr() + 4 * shapes.parts_lse_at
+        target, lse_strides = pointers[2], shapes.parts_lse_strides
+        target_lse = target + 4 * shapes.parts_lse_at
+    addresses = inputs.addresses or ()
+    first = addresses[:3] + addresses[:2] if q_2 is q_1 else [x.data_ptr() for x in (q_1, k_1, v, q_2, k_2)]
+    errors_at = None if errors is None else errors.data_ptr()
     key = (route, facts, errors is None)
-    if not route.launcher.launch_known(key, [*pointers, *lse_strides]):
-        if num_splits > 1:
-            tensors = (*tensors[: _LSE - 1], *shapes.parts_in(target), *tensors[_LSE + 1 :])
+    fresh = [*first, target, target_lse, *_OTHERS(addresses), errors_at, *lse_strides]
+    if not route.launcher.launch_known(key, fresh):
+        targets = (out, lse) if num_splits == 1 else shapes.parts_in(memory)
+        tensors: Tensors = (q_1, k_1, v, q_2, k_2, *targets, *_OTHERS(inputs), errors)
         call = _attend_call(problem, inputs, route.plan, tensors, (q_1, k_1, v, q_2), lse_strides, num_splits)
         route.launcher.launch_new(key, call)
     _raise_reported(errors, inputs)
     if num_splits > 1:
-        _combine_parts(route, shapes, target, out, lse)
+        if (launch := cuda_library.launch_of("combine", device)) is not None:
+            auxiliary.combine_parts(launch, *shapes.parts_in(memory), out, lse)
+            return out, lse
+        of_parts = (route, facts, shapes.parts)
+        if not COMBINE.launch_known(of_parts, [target, target_lse, out_at, lse_at, *shapes.lse_strides]):
+            COMBINE.launch_new(of_parts, _parts_call(shapes, memory, out, lse))
     return out, lse
 
 
@@ -272,30 +289,18 @@ def _attend_call(
     return Call(current, programs, tensors, lse_strides, tuple(scalars), constants)
 
 
-def _combine_parts(
-    route: Route, shapes: _Shapes, memory: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
-) -> None:
-    """Combine the parts that a route has left in memory into out and softmax_lse."""
-    if (launch := cuda_library.launch_of("combine", out.device)) is not None:
-        auxiliary.combine_parts(launch, *shapes.parts_in(memory), out, lse)
-        return
-    pointers, facts = pointers_of((memory, memory, out, lse))
-    pointers[1] = memory.data_ptr() + 4 * shapes.parts_lse_at
-    key = (route, shapes.parts, facts)
-    if COMBINE.launch_known(key, [*pointers, *shapes.lse_strides]):
-        return
-    out_partial, lse_partial = shapes.parts_in(memory)
+def _parts_call(shapes: _Shapes, memory: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> Call:
+    """What combining the parts in memory into out and softmax_lse takes."""
     *_, rows, nheads, num_splits = shapes.parts
     dim_v, varlen = out.shape[-1], out.dim() == 3
     head, row = num_splits, nheads * num_splits  # both are contiguous, and softmax_lse's dims are in another order
-    call = _combine_call(
-        (out_partial, lse_partial, out, lse),
+    return _combine_call(
+        (*shapes.parts_in(memory), out, lse),
         (*shapes.lse_strides, 1),
         (0 if varlen else rows * row * dim_v, row * dim_v, head * dim_v, dim_v),
         (0 if varlen else rows * row, row, head, 1),
         num_splits,
     )
-    COMBINE.launch_new(key, call)
 
 
 def combine(
@@ -367,15 +372,13 @@ def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
     k_new, v_new = inputs.k_new, inputs.v_new
     if k_new is None or v_new is None:
         raise ValueError("k_new, v_new: expected tensors to append, got None")
+    inputs = inputs.with_layout()
     errors = _error_buffer(inputs)
-    tensors = (
-        *(k_new, v_new, inputs.k, inputs.v, inputs.rotary_cos, inputs.rotary_sin, inputs.cu_seqlens_k_new),
-        *(inputs.seqused_k, inputs.rotary_seqlens, inputs.cache_batch_idx, inputs.block_table, errors),
-    )
-    pointers, facts = pointers_of(tensors)
-    layout = inputs.layout or cache_layout_of(inputs)
-    key = (problem, layout.launch, facts, errors is None)
-    if not APPEND.launch_known(key, pointers):
+    layout = inputs.layout
+    key = (problem, layout and layout.launch, errors is None, far_ones(inputs))
+    errors_at = None if errors is None else errors.data_ptr()
+    if not APPEND.launch_known(key, [*_APPENDED(inputs.addresses or ()), errors_at]):
+        tensors: Tensors = (*_APPENDED(inputs), errors)
         strides = tuple(strides_of(x) for x in (k_new, v_new, inputs.k, inputs.v))
         vec = divisor_of_strides(strides, k_new.element_size())
         block_t = min(16, 1 << (max(problem.seqlen_new, 1) - 1).bit_length())

@@ -150,8 +150,8 @@ class Launcher:
         return (*call.scalars, *(values[name] for name in names))
 
 
-def pointers_of(tensors: Sequence[torch.Tensor | None]) -> tuple[list[int | None], Any]:
-    """Addresses, and what Triton specialises them on; 0 for the usual case, all 16-byte aligned.
+def pointers_of(tensors: Sequence[torch.Tensor | None]) -> tuple[list[Any], Any]:
+    """Addresses, or None, and what Triton specialises them on; 0 for the usual case, all 16-byte aligned.
 
     Launches take numbers: about a tensor Triton would ask the driver, which the first launch has done.
     """
@@ -160,10 +160,18 @@ def pointers_of(tensors: Sequence[torch.Tensor | None]) -> tuple[list[int | None
     for pointer in pointers:
         if pointer:
             combined |= pointer
-    far = _IS_HIP and any(x is not None and _is_far(x) for x in tensors)
-    if combined & 15 == 0 and not far:
+    far = far_ones(tensors)
+    if combined & 15 == 0 and far is None:
         return pointers, 0
-    return pointers, tuple(None if x is None else (x.data_ptr() & 15 == 0, far and _is_far(x)) for x in tensors)
+    return pointers, (far, *(None if pointer is None else pointer & 15 == 0 for pointer in pointers))
+
+
+def far_ones(inputs: Sequence[Any]) -> tuple[bool, ...] | None:
+    """Of which inputs Triton sees that AMD's buffer instructions do not reach all; None if of none."""
+    if not _IS_HIP:
+        return None
+    found = tuple([isinstance(x, torch.Tensor) and _is_far(x) for x in inputs])
+    return found if True in found else None
 
 
 def _is_far(x: torch.Tensor) -> bool:
