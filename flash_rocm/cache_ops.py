@@ -14,10 +14,10 @@ import torch
 from flash_rocm import runtime, virtual_device
 from flash_rocm.decision import Decision, decide
 from flash_rocm.ops import is_watched
-from flash_rocm.problem import AttentionProblem, CacheInputs, accumulate_dtype, is_plain, lse_shape
+from flash_rocm.problem import AttentionProblem, CacheInputs, accumulate_dtype, are_plain, is_plain, lse_shape
 
 #: Tensors of both operators, in the order of their schemas.
-_ATTEND = tuple(name for name in CacheInputs._fields if name not in ("k_new", "v_new", "layout"))
+_ATTEND = tuple(name for name in CacheInputs._fields if name not in ("k_new", "v_new", "layout", "addresses"))
 _APPEND = (
     *("k_new", "v_new", "k", "v", "rotary_cos", "rotary_sin", "cu_seqlens_k_new", "seqused_k", "rotary_seqlens"),
     *("cache_batch_idx", "block_table"),
@@ -145,14 +145,17 @@ def _append_fake(*args: Any) -> None:
     return None
 
 
-def _runs_directly(inputs: CacheInputs) -> bool:
-    # A layout says that all of them are plain and nobody traces this: torch.compile could not trace is_watched.
-    return inputs.layout is not None and not is_watched(inputs.q)
+def with_layout(inputs: CacheInputs) -> CacheInputs:
+    """Inputs of a call that skips the dispatcher have a layout: tensors are plain, and nobody traces or watches."""
+    # In this order: torch.compile could not trace is_watched.
+    if torch.compiler.is_compiling() or not are_plain(inputs[:-2]) or is_watched(inputs.q):
+        return inputs
+    return inputs.with_layout()
 
 
 def attention_cached(inputs: CacheInputs, scalars: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse over a K/V cache; scalars in the order of the schema."""
-    if _runs_directly(inputs):
+    if inputs.layout is not None:
         return _attend_to(inputs, scalars)
     tensors = (getattr(inputs, name) for name in _ATTEND)
     return torch.ops.flash_rocm.attention_cached.default(*tensors, *scalars)
@@ -161,11 +164,11 @@ def attention_cached(inputs: CacheInputs, scalars: tuple[Any, ...]) -> tuple[tor
 def append_kv(inputs: CacheInputs, max_seqlen_new: int, rotary_interleaved: bool, backend: str) -> None:
     """Write ``k_new`` and ``v_new`` into the caches ``k`` and ``v``, in place."""
     scalars = (max_seqlen_new, rotary_interleaved, backend)
-    if _runs_directly(inputs):
+    if inputs.layout is not None:
         _append_to(inputs, scalars)
     else:
         torch.ops.flash_rocm.append_kv.default(*(getattr(inputs, name) for name in _APPEND), *scalars)
-    if not torch.compiler.is_compiling():
+    if inputs.layout is not None or not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([inputs.k, inputs.v])
 
 

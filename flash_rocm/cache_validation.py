@@ -93,6 +93,8 @@ def check_ranks(inputs: CacheInputs, names: dict[str, str]) -> None:
 
 def check_attention_chunk(attention_chunk: int) -> int:
     """Positions in one chunk, 0 for no chunks."""
+    if type(attention_chunk) is int and attention_chunk == 0:
+        return 0
     if not isinstance(attention_chunk, int) or isinstance(attention_chunk, bool) or not attention_chunk >= 0:
         raise invalid("attention_chunk", "an int >= 0", attention_chunk, "0 means no chunks.")
     return min(attention_chunk, MAX_SEQLEN)

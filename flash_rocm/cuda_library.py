@@ -87,19 +87,22 @@ def describe(kernels: Sequence[str], arch: Arch, source: ConfigSource | None) ->
 
 
 _launches: dict[tuple[Any, ...], Launch | None] = {}
+_UNKNOWN: Any = object()
 
 
 def launch_of(kernel: str, device: torch.device) -> Launch | None:
     """How calls on a device launch a kernel of the library, None where they take Triton's."""
     source = runtime.config_source()
     key = (kernel, device, source)
-    if key not in _launches:
+    # Asked at each call, mostly about a library that there is not.
+    found = _launches.get(key, _UNKNOWN)
+    if found is _UNKNOWN:
         library = None
         if device.type == "cuda":
             arch = gpu_arch(device.index if device.index is not None else torch.cuda.current_device())
             library = chosen(kernel, arch, source)
-        _launches[key] = None if library is None else load(library)
-    return _launches[key]
+        found = _launches[key] = None if library is None else load(library)
+    return found
 
 
 _loaded: CudaLibrary | None = None

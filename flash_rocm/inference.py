@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from flash_rocm import cache_ops, cache_validation, runtime, validation, virtual_device
-from flash_rocm.problem import CacheDefaults, CacheInputs, accumulate_dtype, are_plain, default_softmax_scale
+from flash_rocm.problem import CacheDefaults, CacheInputs, accumulate_dtype, default_softmax_scale
 from flash_rocm.splits import MAX_SPLITS
 
 #: How the arguments of :func:`flash_attn_with_kvcache` are called.
@@ -85,11 +85,11 @@ def flash_attn_with_kvcache(
     one that is out of range raises ``ValueError``, and nothing outside of the cache is read or written.
     """
     inputs = CacheInputs(
-        q=q,
-        k=k_cache,
-        v=v_cache,
-        k_new=k,
-        v_new=v,
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         seqused_k=None if isinstance(cache_seqlens, int) else cache_seqlens,
@@ -155,9 +155,7 @@ def attend_cached(
         max_seqlen_k: the longest key sequence, with appended tokens; default: what the cache holds.
         max_seqlen_new: of varlen new tokens; default: all there are.
     """
-    traced = torch.compiler.is_compiling()
-    if not traced and are_plain(inputs.tensors):
-        inputs = inputs.with_layout()
+    inputs = cache_ops.with_layout(inputs)
     defaults = _checked(inputs, names)
     cache_validation.check_caches_can_change(inputs, names)
     scale = defaults.softmax_scale if softmax_scale is None else float(softmax_scale)
@@ -167,14 +165,13 @@ def attend_cached(
     if inputs.sinks is not None:
         sinks = inputs.sinks.to(torch.float32).contiguous()
         if sinks is not inputs.sinks:
-            is_known = inputs.layout is not None
-            inputs = inputs._replace(sinks=sinks, layout=None)
-            inputs = inputs.with_layout() if is_known else inputs
+            inputs = cache_ops.with_layout(inputs._replace(sinks=sinks, layout=None, addresses=None))
     max_seqlen_q = defaults.max_seqlen_q if max_seqlen_q is None else max_seqlen_q
     max_seqlen_k = defaults.max_seqlen_k if max_seqlen_k is None else max_seqlen_k
     if max_seqlen_new is None or inputs.k_new is None:
         max_seqlen_new = defaults.max_seqlen_new
-    request = runtime.override() if traced else virtual_device.request_of(inputs.q)
+    is_traced = inputs.layout is None and torch.compiler.is_compiling()
+    request = runtime.override() if is_traced else virtual_device.request_of(inputs.q)
     if max_seqlen_new:
         cache_ops.append_kv(inputs, max_seqlen_new, bool(rotary_interleaved), request)
     scalars: tuple[Any, ...] = (

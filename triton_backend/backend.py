@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .cached import append, attend, combine, splits_of
+from .cached import append, attend, splits_of
+from .combine import combine
 from .launch import backward, forward, probs
 
 __all__ = ["append", "attend", "backward", "combine", "forward", "probs", "splits_of"]

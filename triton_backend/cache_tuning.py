@@ -12,7 +12,7 @@ from flash_rocm.runtime import ConfigSource
 from flash_rocm.tuned import CacheTuneKey
 
 from .cached import ATTEND, Route, attend_along, parts_of, route_with
-from .launch import Launcher
+from .launcher import Launcher
 from .plan import DECODE_ROWS, MAX_TILE_D, block_d, larger_part
 
 #: Key heads of a measured call, but no more than make a cache of so many bytes, its values included.
@@ -95,7 +95,7 @@ def inputs_of(problem: AttentionProblem, device: torch.device, count: int) -> li
             return whole[..., problem.headdim_v :], whole[..., : problem.headdim_v]
         return random(*places, heads_k, problem.headdim), random(*places, heads_k, problem.headdim_v)
 
-    return [CacheInputs(q, *caches(), **rest) for _ in range(count)]
+    return [CacheInputs(q, *caches(), **rest).with_layout() for _ in range(count)]
 
 
 def runner(problem: AttentionProblem, device: torch.device) -> tuple[Callable[[ConfigSource], None], int]:

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import operator
+from typing import Any
 
 import torch
 
 from flash_rocm import auxiliary, cache_validation, cuda_library, runtime, virtual_device
 from flash_rocm.arch import Arch
-from flash_rocm.config_schema import KernelConfig
-from flash_rocm.problem import AttentionProblem, CacheInputs, cache_layout_of
+from flash_rocm.problem import AttentionProblem, CacheInputs
 from flash_rocm.runtime import ConfigSource
 from flash_rocm.splits import choose_splits
 
-from .cache_kernels import attn_cache_kernel, attn_combine_kernel, kv_append_kernel
-from .launch import (
-    Call,
-    Launcher,
-    Tensors,
-    divisor_of_strides,
-    is_plain_call,
-    pointers_of,
-    settle,
-    slopes_stride,
-    strides_of,
-)
+from .cache_kernels import attn_cache_kernel, kv_append_kernel
+from .combine import COMBINE, Shapes, fixed_plan, parts_call
+from .launch import is_plain_call, settle, slopes_stride
+from .launcher import Call, Launcher, Tensors, divisor_of_strides, far_ones, pointers_of, strides_of
 from .mla_hopper import attn_mla_kernel
 from .plan import MAX_TILE_D, Plan, block_d, cache_kernel, cache_plan, is_absorbed, is_plain, workgroups_per_cu
 
 ATTEND = Launcher(attn_cache_kernel, attn_mla_kernel)
-COMBINE = Launcher(attn_combine_kernel)
 APPEND = Launcher(kv_append_kernel)
-#: Parts of a sequence that the combine kernel weighs at a time.
-_BLOCK_S = 16
+
+
+def _getter(*names: str) -> operator.itemgetter:
+    """Of these inputs, or of their addresses, in the order of a kernel's pointers."""
+    return operator.itemgetter(*map(CacheInputs._fields.index, names))
+
+
+#: Pointers of the attention kernel behind that of softmax_lse, and of the append kernel, but for the last of both:
+#: where checks report.
+_OTHERS = _getter(
+    *("alibi_slopes", "sinks", "rotary_cos", "rotary_sin", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new"),
+    *("seqused_q", "seqused_k", "rotary_seqlens", "cache_batch_idx", "leftpad_k", "block_table"),
+)
+_APPENDED = _getter(
+    *("k_new", "v_new", "k", "v", "rotary_cos", "rotary_sin", "cu_seqlens_k_new", "seqused_k", "rotary_seqlens"),
+    *("cache_batch_idx", "block_table"),
+)
 
 
 def _first(x: torch.Tensor | None) -> int:
@@ -90,24 +96,6 @@ def num_splits_of(problem: AttentionProblem, current: Plan, arch: Arch) -> int:
     return choose_splits(problem.batch * problem.nheads_k * current.blocks, tiles, slots)
 
 
-class _Shapes(NamedTuple):
-    """Of what a call writes."""
-
-    out: tuple[int, ...]
-    lse: tuple[int, ...]
-    parts: tuple[int, ...]  # out and softmax_lse of splits
-    parts_lse: tuple[int, ...]
-    lse_strides: tuple[int, int]  # (batch, head) of softmax_lse
-
-    @classmethod
-    def of(cls, rows: tuple[int, ...], headdim_v: int, num_splits: int) -> _Shapes:
-        """rows: (batch, seqlen_q, nheads), or of varlen (total_q, nheads)."""
-        *batch, length, nheads = rows
-        parts = (*rows, num_splits)
-        lse_strides = (nheads * length if batch else 0, length)
-        return cls((*rows, headdim_v), (*batch, nheads, length), (*parts, headdim_v), parts, lse_strides)
-
-
 class Route:
     """What a call takes that follows from its problem and layout; its identity keys launches."""
 
@@ -117,10 +105,10 @@ class Route:
         self.plan, self.launcher = current, launcher
         self.num_splits = num_splits_of(problem, current, arch)
         #: Those of varlen calls depend on the total of the lengths.
-        self.dense: _Shapes | None = None
+        self.dense: Shapes | None = None
         if not problem.varlen:
             rows = (problem.batch, problem.seqlen_q, problem.nheads)
-            self.dense = _Shapes.of(rows, problem.headdim_v, self.num_splits)
+            self.dense = Shapes.of(rows, problem.headdim_v, self.num_splits)
 
 
 _routes: dict[tuple[Any, ...], Route] = {}
@@ -130,10 +118,10 @@ _ROUTES_MAX = 4096
 def _route_of(
     problem: AttentionProblem, inputs: CacheInputs, v_is_k2: bool, plain: bool, configs: ConfigSource | None
 ) -> Route:
-    layout, q = inputs.layout or cache_layout_of(inputs), inputs.q
+    layout, q = inputs.layout, inputs.q
     # The layout names the device, and a CPU may be one virtual GPU after another.
     chip = None if q.is_cuda else virtual_device.arch_of(q.device).name
-    key = (problem, layout.launch, configs, v_is_k2, plain, chip)
+    key = (problem, layout and layout.launch, configs, v_is_k2, plain, chip, far_ones(inputs))
     route = _routes.get(key)
     if route is None:
         kernel = cache_kernel(problem, v_is_k2)
@@ -150,6 +138,8 @@ def _route_of(
 
 def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse over a K/V cache; see :class:`flash_rocm.protocols.Backend`."""
+    if inputs.layout is None:
+        inputs = inputs.with_layout()
     parts = q_1, k_1, q_2, k_2 = parts_of(problem, inputs)
     v_is_k2 = plain = False
     if q_2 is not q_1:
@@ -174,41 +164,52 @@ def route_with(source: ConfigSource, problem: AttentionProblem, device: torch.de
 def attend_along(
     route: Route, problem: AttentionProblem, inputs: CacheInputs, parts: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`attend`, whose route is known; parts: :func:`parts_of` the inputs."""
+    """:func:`attend`, whose route is known, of inputs with their layout; parts: :func:`parts_of` them."""
     q, v, num_splits = inputs.q, inputs.v, route.num_splits
     q_1, k_1, q_2, k_2 = parts
-    shapes = route.dense or _Shapes.of(q.shape[:-1], problem.headdim_v, num_splits)
+    shapes = route.dense or Shapes.of(q.shape[:-1], problem.headdim_v, num_splits)
+    device = q.device
     # Kernels write every row that a sequence owns; others keep what is filled in.
     may_skip_rows = problem.varlen or inputs.seqused_q is not None
     if may_skip_rows:
         out, lse = q.new_zeros(shapes.out), q.new_full(shapes.lse, float("-inf"), dtype=torch.float32)
     else:
-        # empty_like where it gives the same: half the host time of a shape in Python.
+        # What gives the same in less time than a shape and a type: half, and two thirds of it.
         is_like_q = problem.headdim == problem.headdim_v and q.is_contiguous()
         out = torch.empty_like(q) if is_like_q else q.new_empty(shapes.out)
-        lse = q.new_empty(shapes.lse, dtype=torch.float32)
-    target, target_lse, lse_strides = out, lse, shapes.lse_strides
+        lse = torch.empty_strided(shapes.lse, shapes.lse_steps, dtype=torch.float32, device=device)
+    outputs: tuple[torch.Tensor, ...] = (out, lse)
     if num_splits > 1:
-        target = q.new_empty(shapes.parts, dtype=torch.float32)
-        target_lse = q.new_empty(shapes.parts_lse, dtype=torch.float32)
+        # One allocation, which is seen as two tensors only where a tensor is asked for.
+        memory = torch.empty(shapes.parts_size, dtype=torch.float32, device=device)
         if may_skip_rows:
-            target_lse.fill_(float("-inf"))
-        lse_strides = (0 if problem.varlen else target_lse.stride(0), num_splits)
+            shapes.parts_in(memory)[1].fill_(float("-inf"))
+        outputs = (out, lse, memory)
     errors = _error_buffer(inputs)
-    tensors = (
-        *(q_1, k_1, v, q_2, k_2, target, target_lse, inputs.alibi_slopes, inputs.sinks),
-        *(inputs.rotary_cos, inputs.rotary_sin, inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.cu_seqlens_k_new),
-        *(inputs.seqused_q, inputs.seqused_k, inputs.rotary_seqlens, inputs.cache_batch_idx, inputs.leftpad_k),
-        *(inputs.block_table, errors),
-    )
-    pointers, facts = pointers_of(tensors)
+    pointers, facts = pointers_of(outputs)
+    out_at, lse_at = pointers[:2]
+    target, target_lse, lse_strides = out_at, lse_at, shapes.lse_strides
+    if num_splits > 1:
+        target, lse_strides = pointers[2], shapes.parts_lse_strides
+        target_lse = target + 4 * shapes.parts_lse_at
+    addresses = inputs.addresses or ()
+    first = addresses[:3] + addresses[:2] if q_2 is q_1 else [x.data_ptr() for x in (q_1, k_1, v, q_2, k_2)]
+    errors_at = None if errors is None else errors.data_ptr()
     key = (route, facts, errors is None)
-    if not route.launcher.launch_known(key, [*pointers, *lse_strides]):
+    fresh = [*first, target, target_lse, *_OTHERS(addresses), errors_at, *lse_strides]
+    if not route.launcher.launch_known(key, fresh):
+        targets = (out, lse) if num_splits == 1 else shapes.parts_in(memory)
+        tensors: Tensors = (q_1, k_1, v, q_2, k_2, *targets, *_OTHERS(inputs), errors)
         call = _attend_call(problem, inputs, route.plan, tensors, (q_1, k_1, v, q_2), lse_strides, num_splits)
         route.launcher.launch_new(key, call)
     _raise_reported(errors, inputs)
     if num_splits > 1:
-        _combine_parts(target, target_lse, out, lse, shapes.lse_strides)
+        if (launch := cuda_library.launch_of("combine", device)) is not None:
+            auxiliary.combine_parts(launch, *shapes.parts_in(memory), out, lse)
+            return out, lse
+        of_parts = (route, facts, shapes.parts)
+        if not COMBINE.launch_known(of_parts, [target, target_lse, out_at, lse_at, *shapes.lse_strides]):
+            COMBINE.launch_new(of_parts, parts_call(shapes, memory, out, lse))
     return out, lse
 
 
@@ -249,96 +250,6 @@ def _attend_call(
     return Call(current, programs, tensors, lse_strides, tuple(scalars), constants)
 
 
-def _combine_parts(
-    out_partial: torch.Tensor,
-    lse_partial: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    lse_strides: tuple[int, int],
-) -> None:
-    """Combine parts (..., nheads, num_splits[, headdim_v]) of dense or varlen rows into out and softmax_lse."""
-    if (launch := cuda_library.launch_of("combine", out.device)) is not None:
-        auxiliary.combine_parts(launch, out_partial, lse_partial, out, lse)
-        return
-    tensors = (out_partial, lse_partial, out, lse)
-    pointers, facts = pointers_of(tensors)
-    key = (out_partial.shape, out.dtype, out.device, facts)
-    if COMBINE.launch_known(key, [*pointers, *lse_strides]):
-        return
-    *_, rows, nheads, num_splits = lse_partial.shape
-    dim_v, varlen = out.shape[-1], out.dim() == 3
-    head, row = num_splits, nheads * num_splits  # both are contiguous, and softmax_lse's dims are in another order
-    call = _combine_call(
-        tensors,
-        (*lse_strides, 1),
-        (0 if varlen else rows * row * dim_v, row * dim_v, head * dim_v, dim_v),
-        (0 if varlen else rows * row, row, head, 1),
-        num_splits,
-    )
-    COMBINE.launch_new(key, call)
-
-
-def combine(
-    problem: AttentionProblem, out_partial: torch.Tensor, lse_partial: torch.Tensor, out_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of results over disjoint sets of keys; see :class:`flash_rocm.protocols.Backend`."""
-    if out_dtype != torch.float64 and (launch := cuda_library.launch_of("combine", out_partial.device)) is not None:
-        return auxiliary.combine(launch, out_partial, lse_partial, out_dtype)
-    if out_partial.stride(-1) != 1:
-        out_partial = out_partial.contiguous()
-    out = out_partial.new_empty(out_partial.shape[1:], dtype=out_dtype)
-    lse = lse_partial.new_empty(lse_partial.shape[1:])
-    tensors = (out_partial, lse_partial, out, lse)
-    pointers, facts = pointers_of(tensors)
-    varlen = out.dim() == 3
-    lse_strides = (0 if varlen else lse.stride(0), lse.stride(-1))
-    strides = (out_partial.stride(), lse_partial.stride())
-    key = (out_partial.shape, strides, out_partial.dtype, out_dtype, out.device, facts)
-    if not COMBINE.launch_known(key, [*pointers, *lse_strides]):
-        (split, *part), (lse_split, *lse_part) = strides
-        call = _combine_call(
-            tensors,
-            (*lse_strides, lse.stride(-2)),
-            (0 if varlen else part[0], part[-3], part[-2], split),
-            (0 if varlen else lse_part[0], lse_part[-2], lse_part[-1], lse_split),
-            out_partial.shape[0],
-        )
-        COMBINE.launch_new(key, call)
-    return out, lse
-
-
-def _combine_call(
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    lse_strides: tuple[int, int, int],
-    out_partial_strides: tuple[int, int, int, int],
-    lse_partial_strides: tuple[int, int, int, int],
-    num_splits: int,
-) -> Call:
-    """What launching the combine kernel takes.
-
-    Args:
-        tensors: out_partial, lse_partial, out, softmax_lse.
-        lse_strides, out_partial_strides, lse_partial_strides: of (batch, head, row), (batch, row, head, split) twice.
-    """
-    out = tensors[2]
-    rows, nheads, headdim_v = out.shape[-3:]
-    constants = {
-        "HEADDIM_V": headdim_v,
-        "BLOCK_DV": block_d(headdim_v),
-        "MAX_SPLITS": max(_BLOCK_S, 1 << (num_splits - 1).bit_length()),
-        "BLOCK_S": _BLOCK_S,
-    }
-    scalars = (lse_strides[2], *out_partial_strides, *lse_partial_strides, rows, nheads, num_splits)
-    current = _fixed_plan("combine", constants, 4 if headdim_v > 64 else 2)
-    return Call(current, out.shape[:-1].numel(), tensors, lse_strides[:2], scalars, {})
-
-
-def _fixed_plan(kernel: str, constants: dict[str, Any], warps: int) -> Plan:
-    """For kernels that move data and have nothing to tune."""
-    config = KernelConfig(BLOCK_M=16, BLOCK_N=16, num_warps=warps, num_stages=1)
-    return Plan(kernel, config, constants, {"num_warps": warps, "num_stages": 1}, 1, 0.0, 0.0, 0, 0, 0, 1.0)
-
-
 def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
     """Write k_new and v_new into the caches; see :class:`flash_rocm.protocols.Backend`."""
     if (launch := cuda_library.launch_of("append", inputs.k.device)) is not None:
@@ -347,15 +258,14 @@ def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
     k_new, v_new = inputs.k_new, inputs.v_new
     if k_new is None or v_new is None:
         raise ValueError("k_new, v_new: expected tensors to append, got None")
+    if inputs.layout is None:
+        inputs = inputs.with_layout()
     errors = _error_buffer(inputs)
-    tensors = (
-        *(k_new, v_new, inputs.k, inputs.v, inputs.rotary_cos, inputs.rotary_sin, inputs.cu_seqlens_k_new),
-        *(inputs.seqused_k, inputs.rotary_seqlens, inputs.cache_batch_idx, inputs.block_table, errors),
-    )
-    pointers, facts = pointers_of(tensors)
-    layout = inputs.layout or cache_layout_of(inputs)
-    key = (problem, layout.launch, facts, errors is None)
-    if not APPEND.launch_known(key, pointers):
+    layout = inputs.layout
+    key = (problem, layout and layout.launch, errors is None, far_ones(inputs))
+    errors_at = None if errors is None else errors.data_ptr()
+    if not APPEND.launch_known(key, [*_APPENDED(inputs.addresses or ()), errors_at]):
+        tensors: Tensors = (*_APPENDED(inputs), errors)
         strides = tuple(strides_of(x) for x in (k_new, v_new, inputs.k, inputs.v))
         vec = divisor_of_strides(strides, k_new.element_size())
         block_t = min(16, 1 << (max(problem.seqlen_new, 1) - 1).bit_length())
@@ -379,6 +289,6 @@ def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
             "CHECKED": errors is not None,
         }
         programs = blocks * problem.batch * problem.nheads_k
-        current = _fixed_plan("append", constants, 4 if block_t > 1 else 1)
+        current = fixed_plan("append", constants, 4 if block_t > 1 else 1)
         APPEND.launch_new(key, Call(current, programs, tensors, (), scalars, {}))
     _raise_reported(errors, inputs)

@@ -13,7 +13,7 @@ from flash_rocm.layer_calls import NormBackward, NormCall, NormForward, NormGrad
 from flash_rocm.problem import dropout_threshold
 
 from .cross_entropy_kernels import cross_entropy_bwd_kernel, cross_entropy_fwd_kernel
-from .launch import Call, Launcher, Tensors, divisor_of_strides, pointers_of, strides_of
+from .launcher import Call, Launcher, Tensors, divisor_of_strides, pointers_of, strides_of
 from .norm_kernels import norm_bwd_kernel, norm_fwd_kernel
 from .rotary_kernel import rotary_kernel
 

@@ -30,6 +30,7 @@ from flash_rocm.tuned import CacheTuneKey, Outcome, TuneKey, TuningError
 
 from . import cache_tuning, launch, workers
 from .candidates import candidates
+from .launcher import pointers_of
 from .plan import kernel_config, tune_key
 
 #: Seconds for one key.
@@ -122,7 +123,7 @@ def _runner(kernel: str, problem: AttentionProblem, device: torch.device) -> tup
     tensors, strided, lse_strides = _tensors(kernel, problem, device)
     # Its own: what it has loaded goes when it goes, but for the winner.
     launcher = launch.Launcher(launch.KERNELS[kernel].kernel)
-    pointers = [None if x is None else x.data_ptr() for x in tensors]
+    pointers, _ = pointers_of(tensors)
 
     def run(source: ConfigSource) -> None:
         if not launcher.launch_known((source,), [*pointers, *lse_strides]):

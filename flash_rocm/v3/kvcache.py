@@ -73,14 +73,14 @@ def flash_attn_with_kvcache(
         validation.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
     cache_validation.check_int32("scheduler_metadata", scheduler_metadata, (1,), q)
     if cu_seqlens_q is None:
-        longest = q.shape[1] if q.dim() == 4 else 0
-        if max_seqlen_q is not None and max_seqlen_q != longest:
+        if max_seqlen_q is not None and max_seqlen_q != (longest := q.shape[1] if q.dim() == 4 else 0):
             expected = f"None or {longest}, that of q, without cu_seqlens_q"
             raise validation.invalid("max_seqlen_q", expected, max_seqlen_q)
+        max_seqlen_q = None  # whatever type it was of
     elif max_seqlen_q is None:
         raise validation.invalid("max_seqlen_q", "an int, as cu_seqlens_q is given", None, "the longest query.")
     else:
-        longest = validation.check_max_seqlen("max_seqlen_q", max_seqlen_q)
+        max_seqlen_q = validation.check_max_seqlen("max_seqlen_q", max_seqlen_q)
     inputs = CacheInputs(
         q=q,
         k=k_cache,
@@ -104,7 +104,7 @@ def flash_attn_with_kvcache(
     out, softmax_lse = attend_cached(
         inputs,
         _NAMES,
-        longest,
+        max_seqlen_q,
         None,
         softmax_scale,
         causal,
