@@ -349,8 +349,9 @@ def attn_cache_kernel(
 ):  # fmt: skip
     """Attention of BLOCK_M (position, query head) rows of one key head over one split of its keys.
 
-    Rows of out are (batch * seqlen_q + position) or (cu_seqlens_q[b] + position).  q2 and k2 are further dims of
-    q and k; with V_IS_K2 the keys' further dims are the values, which are read once.
+    Rows of out are (batch * seqlen_q + position) or (cu_seqlens_q[b] + position); its strides count vectors of
+    HEADDIM_V, so that stores are as wide as what divides that.  q2 and k2 are further dims of q and k; with V_IS_K2
+    the keys' further dims are the values, which are read once.
     """
     head_k, block, split, batch = part_of_program(nheads // group_size, num_blocks, num_splits)
     start_q, rows_total = queries_of(batch, seqlen_q, cu_seqlens_q_ptr, seqused_q_ptr)
@@ -476,7 +477,8 @@ def attn_cache_kernel(
     lse_ptrs = lse_ptr + batch64 * stride_lb + heads.to(tl.int64) * stride_lh + q_rows * stride_lm + split * stride_ls
     tl.store(lse_ptrs, lse, mask=row_exists)
     dims_v = tl.arange(0, BLOCK_DV)
-    out_ptrs = out_ptr + (out_rows * stride_om + heads * stride_oh + split * stride_os)[:, None] + dims_v[None, :]
+    out_vectors = (out_rows * stride_om + heads * stride_oh + split * stride_os) * HEADDIM_V
+    out_ptrs = out_ptr + out_vectors[:, None] + dims_v[None, :]
     store_tile(out_ptrs, out, packed, rows_total * group_size, dims_v, HEADDIM_V, BLOCK_DV)
 
 

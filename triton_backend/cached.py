@@ -15,12 +15,13 @@ from flash_rocm.splits import choose_splits
 
 from .cache_kernels import attn_cache_kernel, kv_append_kernel
 from .combine import COMBINE, Shapes, fixed_plan, parts_call
+from .descriptors import matrix_of
 from .launch import is_plain_call, settle, slopes_stride
 from .launcher import Call, Launcher, Tensors, divisor_of_strides, far_ones, pointers_of, strides_of
-from .mla_hopper import attn_mla_kernel
+from .mla_hopper import TILE_N, attn_mla_kernel, tile_rows
 from .plan import MAX_TILE_D, Plan, block_d, cache_kernel, cache_plan, is_absorbed, is_plain, workgroups_per_cu
 
-ATTEND = Launcher(attn_cache_kernel, attn_mla_kernel)
+ATTEND = Launcher(attn_cache_kernel, attn_mla_kernel, tile_rows)
 APPEND = Launcher(kv_append_kernel)
 
 
@@ -200,7 +201,7 @@ def attend_along(
     if not route.launcher.launch_known(key, fresh):
         targets = (out, lse) if num_splits == 1 else shapes.parts_in(memory)
         tensors: Tensors = (q_1, k_1, v, q_2, k_2, *targets, *_OTHERS(inputs), errors)
-        call = _attend_call(problem, inputs, route.plan, tensors, (q_1, k_1, v, q_2), lse_strides, num_splits)
+        call = _attend_call(problem, inputs, route, tensors, (q_1, k_1, v, q_2), lse_strides)
         route.launcher.launch_new(key, call)
     _raise_reported(errors, inputs)
     if num_splits > 1:
@@ -219,35 +220,46 @@ def _table_facts(inputs: CacheInputs) -> tuple[int, int]:
     return (0, 0) if cos is None else (cos.stride(0), cos.shape[0])
 
 
+def _are_tiles(problem: AttentionProblem, inputs: CacheInputs, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether TMA can copy keys: tiles are in one page each, of caches that are matrices of all heads."""
+    return (
+        not inputs.is_packed
+        and problem.page_size % TILE_N.value == 0
+        and (problem.page_size == 0 or inputs.leftpad_k is None)
+        and matrix_of(k) is not None
+        and matrix_of(v) is not None
+    )
+
+
 def _attend_call(
     problem: AttentionProblem,
     inputs: CacheInputs,
-    current: Plan,
+    route: Route,
     tensors: Tensors,
     strided: tuple[torch.Tensor, ...],
     lse_strides: tuple[int, int],
-    num_splits: int,
 ) -> Call:
+    current, num_splits = route.plan, route.num_splits
     strides = tuple(strides_of(x) for x in strided)
     vec = divisor_of_strides(strides, inputs.q.element_size())
-    row = problem.nheads * problem.headdim_v
+    nheads = problem.nheads
     if num_splits == 1:
-        lse_row, lse_split, out_strides = 1, 0, (row, problem.headdim_v, 0)
+        lse_row, lse_split, out_strides = 1, 0, (nheads, 1, 0)
     else:
-        lse_row, lse_split = problem.nheads * num_splits, 1
-        out_strides = (row * num_splits, problem.headdim_v * num_splits, problem.headdim_v)
+        lse_row, lse_split, out_strides = nheads * num_splits, 1, (nheads * num_splits, num_splits, 1)
     rotary_stride, max_position = _table_facts(inputs)
     scalars: list[int | float] = [lse_row, lse_split, *out_strides]
     scalars += [stride // vec for tensor in strides for stride in tensor]
     scalars += [_first(inputs.block_table), slopes_stride(inputs.alibi_slopes)]
-    scalars += [rotary_stride, max_position, problem.nheads, problem.group_size, problem.seqlen_q, problem.seqlen_k]
+    scalars += [rotary_stride, max_position, nheads, problem.group_size, problem.seqlen_q, problem.seqlen_k]
     scalars += [problem.seqlen_new, inputs.capacity, inputs.k.shape[0], current.blocks, num_splits, current.scale]
     scalars += [current.softcap_log2, current.window_left, current.window_right, problem.attention_chunk]
     longest_row = max(stride[1] for stride in strides)
     wide = longest_row * max(current.config.BLOCK_M, current.config.BLOCK_N) >= 1 << 31
-    constants = {"VEC": vec, "WIDE": wide, "CHECKED": tensors[-1] is not None}
+    tiles = route.launcher.tiles_of(current, problem.dtype) if _are_tiles(problem, inputs, *strided[1:3]) else ()
+    constants = {"VEC": vec, "WIDE": wide, "CHECKED": tensors[-1] is not None, "TMA": bool(tiles)}
     programs = current.blocks * problem.batch * problem.nheads_k * num_splits
-    return Call(current, programs, tensors, lse_strides, tuple(scalars), constants)
+    return Call(current, programs, tensors, lse_strides, tuple(scalars), constants, tiles)
 
 
 def append(problem: AttentionProblem, inputs: CacheInputs) -> None:

@@ -34,8 +34,8 @@ def copy_at(buffer, rows, exists, DIMS: gl.constexpr):
 @gluon.jit
 def clear_from(tile, rows_left, TILE_ROWS: gl.constexpr):
     """A warpgroup sets rows of a tile to 0 from row rows_left on: what lies behind a sequence can be NaN."""
-    ROWS_AT_ONCE: gl.constexpr = 16
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    ROWS_AT_ONCE: gl.constexpr = 16 if gl.num_warps() == 4 else 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     rows = gl.arange(0, ROWS_AT_ONCE, layout=gl.SliceLayout(1, layout))
     for first in gl.static_range(0, TILE_ROWS, ROWS_AT_ONCE):
         if first + ROWS_AT_ONCE > rows_left:

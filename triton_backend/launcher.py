@@ -25,8 +25,8 @@ _hooks = triton.knobs.runtime
 
 Strides = tuple[int, int, int]
 Tensors = tuple[torch.Tensor | None, ...]
-#: From the constants of a kernel to (rows, dims) of its copies of the first tensors.
-TileRows = Callable[[Mapping[str, Any]], tuple[tuple[int, int], ...]]
+#: From the constants of a kernel to (rows, dims) of its copies of the first tensors, None for one it has a pointer to.
+TileRows = Callable[[Mapping[str, Any]], tuple[tuple[int, int] | None, ...]]
 
 
 class Call(NamedTuple):
@@ -38,11 +38,11 @@ class Call(NamedTuple):
     lse_strides: tuple[int, ...]  # two, or none
     scalars: tuple[int | float, ...]  # behind the strides of softmax_lse; they follow from problem and strides
     constants: dict[str, Any]  # VEC, WIDE and what else does not follow from the problem
-    tiles: tuple[Tile, ...] = ()  # by which the kernel copies the first tensors, where it takes descriptors of them
+    tiles: tuple[Tile | None, ...] = ()  # by which the kernel copies the first tensors, where it takes descriptors
 
     def arguments(self) -> tuple[Any, ...]:
         """Tensors and descriptors of them, in the kernel's order."""
-        described = (tile.of(x) for tile, x in zip(self.tiles, self.tensors, strict=False))
+        described = (x if tile is None else tile.of(x) for tile, x in zip(self.tiles, self.tensors, strict=False))
         return (*described, *self.tensors[len(self.tiles) :])
 
 
@@ -53,9 +53,12 @@ class _Known:
 
     def __init__(self, compiled: Any, index: int, call: Call, tail: tuple[Any, ...]) -> None:
         self.compiled, self.index, self.programs, self.tail = compiled, index, call.programs, tail
-        # Of the first arguments, which are descriptors.
-        matrices = (required_matrix(x) for _, x in zip(call.tiles, call.tensors, strict=False))
-        self.matrices = tuple(((rows, cols), (stride, 1)) for rows, cols, stride in matrices)
+        # Of those of the first arguments that are descriptors, by their place.
+        self.matrices = tuple(
+            (n, (matrix.rows, matrix.cols), (matrix.stride, 1))
+            for n, tile in enumerate(call.tiles)
+            if tile is not None and (matrix := required_matrix(call.tensors[n]))
+        )
         self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
         self.stream_of = triton.runtime.driver.active.get_current_stream
 
@@ -93,7 +96,7 @@ class Launcher:
             with torch.cuda.device(known.index):
                 return self.launch_known(key, fresh, totals)
         if known.matrices:
-            for n, (shape, strides) in enumerate(known.matrices):
+            for n, shape, strides in known.matrices:
                 fresh[n] = Known(fresh[n], (totals[n], shape[1]) if totals else shape, strides)
         if _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls:
             # A profiler wants to see the launch: the way that calls its hooks.
@@ -136,11 +139,11 @@ class Launcher:
         """The Triton function of a plan's implementation."""
         return self.gluon if current.implementation == "gluon" else self.kernel
 
-    def tiles_of(self, current: Launchable, dtype: torch.dtype) -> tuple[Tile, ...]:
+    def tiles_of(self, current: Launchable, dtype: torch.dtype) -> tuple[Tile | None, ...]:
         """By which the kernel of a plan copies its first tensors, where it takes descriptors of them."""
         if current.implementation != "gluon" or self._tile_rows is None:
             return ()
-        return tuple(Tile(dtype, *tile) for tile in self._tile_rows(current.constants))
+        return tuple(tile and Tile(dtype, *tile) for tile in self._tile_rows(current.constants))
 
     def tail_of(self, call: Call) -> tuple[Any, ...]:
         """Arguments of the kernel behind the strides of softmax_lse: run-time numbers, then constants."""
