@@ -140,3 +140,65 @@ def test_what_is_equal_to_a_good_value_is_still_refused(argument: str, good: Any
     v3.flash_attn_with_kvcache(**arguments, **{argument: good})
     with pytest.raises(ValueError, match=argument):
         v3.flash_attn_with_kvcache(**arguments, **{argument: wrong})
+
+
+def _pages(size: int, count: int = 8, **changes: Any) -> dict[str, Any]:
+    """Absorbed MLA of 16 bits over pages."""
+    whole = torch.zeros(count, size, 1, 576, dtype=torch.bfloat16)
+    table = torch.arange(8, dtype=torch.int32).view(2, 4) % count
+    return _of_type(_mla(k_cache=whole[..., 512:], v_cache=whole[..., :512], page_table=table) | changes)
+
+
+def _of_type(arguments: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    floats = (name for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point())
+    return arguments | {name: arguments[name].to(dtype) for name in floats}
+
+
+def _odd_entries() -> dict[str, Any]:
+    """A step from one entry to the next that is no number of rows."""
+    whole = torch.zeros(2 * (20 * 576 + 64), dtype=torch.bfloat16).as_strided((2, 20, 1, 576), (11584, 576, 576, 1))
+    return _of_type(_mla()) | {"k_cache": whole[..., 512:], "v_cache": whole[..., :512]}
+
+
+def _dense(**changes: Any) -> dict[str, Any]:
+    whole = torch.zeros(2, 20, 1, 576, dtype=torch.bfloat16)
+    return _of_type(_mla() | {"k_cache": whole[..., 512:], "v_cache": whole[..., :512]} | changes)
+
+
+@pytest.mark.parametrize(
+    "arguments,copied",
+    (
+        (_pages(64), True),
+        (_pages(192), True),
+        (_pages(16), False),
+        (_pages(96), False),
+        (_dense(), True),
+        (_dense(cache_leftpad=integers("cpu", 1, 2)), True),
+        (_dense(cache_batch_idx=integers("cpu", 1, 0)), True),
+        (_odd_entries(), False),
+        (_of_type(_mla(), torch.float32), False),
+    ),
+    ids=("pages of 64", "192", "16", "96", "dense", "leftpad", "entries", "odd entries", "float32"),
+)
+def test_whose_keys_tma_copies(arguments: dict[str, Any], copied: bool, launches: Launches) -> None:
+    """Tiles of 64 keys that are in one page, of matrices; q, the first tensor, is copied by threads."""
+    v3.flash_attn_with_kvcache(**arguments)
+    _, _, call = launches.pairs[0]
+    assert call.constants["TMA"] is copied
+    if not copied:
+        assert call.tiles == ()
+        return
+    none, k, v = call.tiles
+    assert none is None and k is not None and v is not None
+    assert (k.rows, k.cols, v.rows, v.cols) == (64, 64, 64, 128)
+    q, described_k, described_v, *_ = call.arguments()
+    assert q is call.tensors[0]
+    assert described_k.shape[0] == described_v.shape[0] == arguments["k_cache"].shape[:2].numel()
+
+
+def test_more_pages_are_another_launch(launches: Launches) -> None:
+    """A descriptor says how many rows there are."""
+    for count in (8, 9, 8):
+        v3.flash_attn_with_kvcache(**_pages(64, count))
+    first, more, again = (key for key, _, _ in launches.pairs)
+    assert first == again != more
