@@ -28,10 +28,11 @@ def raise_faults(reported: Sequence[int], inputs: CacheInputs) -> None:
         return
     rows = 0 if inputs.rotary_cos is None else inputs.rotary_cos.shape[0]
     lengths = f"cache_seqlens, cache_leftpad: expected lengths, with the new tokens, in [0, {inputs.capacity}]"
+    leftpad = "" if inputs.leftpad_k is None else ", leftpad_k"
     if inputs.is_packed:
-        lengths = f"cu_seqlens_k, seqused_k: expected bounds in [0, {inputs.capacity}] and lengths within them"
+        lengths = f"cu_seqlens_k, seqused_k{leftpad}: expected bounds in [0, {inputs.capacity}] and lengths within them"
     elif inputs.cu_seqlens_k is not None and inputs.seqused_k is None:
-        lengths = f"cu_seqlens_k: expected lengths in [0, {inputs.capacity}]"
+        lengths = f"cu_seqlens_k{leftpad}: expected lengths in [0, {inputs.capacity}]"
     facts = {"entries": inputs.k.shape[0], "lengths": lengths, "rows": rows}
     found = [(text.format(**facts), number - 1) for text, number in zip(FAULTS, reported, strict=True) if number]
     lines = [f"{text}, got another in sequence {sequence}." for text, sequence in found]

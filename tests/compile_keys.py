@@ -16,6 +16,7 @@ from flash_rocm.testing import CacheCall, make_cache_inputs, make_inputs
 triton = pytest.importorskip("triton", reason="works with Triton's cache keys")
 
 from flash_rocm._triton import cached, launch, offline  # noqa: E402
+from flash_rocm._triton.launcher import Call, Launcher  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
@@ -23,7 +24,7 @@ from triton.runtime.jit import create_function_from_signature  # noqa: E402
 #: Those of launch.KERNELS, and over a K/V cache.
 LAUNCHERS = {**launch.KERNELS, "attend": cached.ATTEND, "combine": cached.COMBINE, "append": cached.APPEND}
 #: (kernel, call) of every launch that would compile.
-Recorded = list[tuple[str, launch.Call]]
+Recorded = list[tuple[str, Call]]
 
 
 @pytest.fixture
@@ -34,9 +35,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Recorded]:
     def start(arch: str) -> Recorded:
         recorded: Recorded = []
         monkeypatch.setattr(virtual_device, "arch_of", lambda device: arch_named(arch))
-        monkeypatch.setattr(
-            launch.Launcher, "launch_new", lambda self, key, call: recorded.append((names[id(self)], call))
-        )
+        monkeypatch.setattr(Launcher, "launch_new", lambda self, key, call: recorded.append((names[id(self)], call)))
         return recorded
 
     return start
@@ -47,7 +46,7 @@ def _binder(function: Any, arch: Arch) -> Any:
     return create_function_from_signature(function.signature, function.params, make_backend(offline.target_of(arch)))
 
 
-def specialised(kernel: str, call: launch.Call, arch: Arch) -> tuple[Any, list[Any], dict[str, Any]]:
+def specialised(kernel: str, call: Call, arch: Arch) -> tuple[Any, list[Any], dict[str, Any]]:
     """Bound arguments, specialisation and options, as ``JITFunction.run`` works them out at a launch."""
     tail = LAUNCHERS[kernel].tail_of(call)
     # What run() adds to the options of a call; it leaves out what this version of Triton does not know.
@@ -59,13 +58,13 @@ def specialised(kernel: str, call: launch.Call, arch: Arch) -> tuple[Any, list[A
     return _binder(function, arch)(*call.arguments(), *call.lse_strides, *tail, **call.plan.options, **extra)
 
 
-def jit_key(kernel: str, call: launch.Call, arch: Arch) -> str:
+def jit_key(kernel: str, call: Call, arch: Arch) -> str:
     """Key of the JIT's cache in memory: the same key, the same compiled kernel."""
     _, specialisation, options = specialised(kernel, call, arch)
     return f"{specialisation}{options}"
 
 
-def _code(kernel: str, call: launch.Call, arch: Arch) -> tuple[ASTSource, dict[str, Any]]:
+def _code(kernel: str, call: Call, arch: Arch) -> tuple[ASTSource, dict[str, Any]]:
     """What a launch would compile, and the options."""
     function, backend = LAUNCHERS[kernel].kernel_of(call.plan), make_backend(offline.target_of(arch))
     bound, specialisation, options = specialised(kernel, call, arch)
@@ -74,13 +73,13 @@ def _code(kernel: str, call: launch.Call, arch: Arch) -> tuple[ASTSource, dict[s
     return source(function, signature, constexprs, attrs), parsed.__dict__
 
 
-def disk_key(kernel: str, call: launch.Call, arch: Arch) -> str:
+def disk_key(kernel: str, call: Call, arch: Arch) -> str:
     """Folder of the disk cache in which a launch looks for its compiled kernel."""
     code, options = _code(kernel, call, arch)
     return offline.cache_key(code, arch, options)
 
 
-def compiled(kernel: str, call: launch.Call, arch: Arch) -> Any:
+def compiled(kernel: str, call: Call, arch: Arch) -> Any:
     """The kernel that a launch would compile."""
     code, options = _code(kernel, call, arch)
     return triton.compile(code, target=offline.target_of(arch), options=options)

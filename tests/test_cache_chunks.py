@@ -13,7 +13,8 @@ from flash_rocm.testing import CacheCall, make_problem
 
 pytest.importorskip("triton", reason="runs Triton kernels")
 
-from flash_rocm._triton import cached, launch
+from flash_rocm._triton import cached
+from flash_rocm._triton.launcher import Call, Launcher
 
 #: BLOCK_K, fields of the problem.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -57,14 +58,14 @@ TARGETS = [
 def test_products_by_chunks_of_the_head_dim(target: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     block_k, fields = CASES[name]
     monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", json.dumps(dict.fromkeys(KERNELS, {"BLOCK_K": block_k})))
-    launch_new, used = launch.Launcher.launch_new, []
+    launch_new, used = Launcher.launch_new, []
 
-    def noted(launcher: launch.Launcher, key: Any, call: launch.Call) -> None:
+    def noted(launcher: Launcher, key: Any, call: Call) -> None:
         if launcher is cached.ATTEND:
             used.append(call.plan.constants["BLOCK_K"])
         launch_new(launcher, key, call)
 
-    monkeypatch.setattr(launch.Launcher, "launch_new", noted)
+    monkeypatch.setattr(Launcher, "launch_new", noted)
     shape = dict(batch=2, seqlen_q=2, seqlen_k=53, nheads=1, nheads_k=1, softmax_scale=0.2)
     problem = make_problem(cached=True, **shape | fields)
     cache_matrix.run(cache_matrix.Case("triton", target, problem, CacheCall(), 1, ()))

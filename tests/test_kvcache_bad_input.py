@@ -53,6 +53,8 @@ WHOLE: Wrong = {
         dict(v_cache=zeros(1, B, S, HK, DV)),
         "v_cache: expected 4 dims, got 5 dims (1, 2, 9, 2, 8).",
     ),
+    "q is None": (dict(q=None), "q: expected a tensor, got NoneType."),
+    "k_cache is None": (dict(k_cache=None), "k_cache: expected a tensor, got NoneType."),
     "v_cache is None": (dict(v_cache=None), "v_cache: expected a tensor, got NoneType."),
     "q strided": (
         dict(q=not_contiguous(B, 3, H, D)),

@@ -17,6 +17,7 @@ from test_adversarial import random, same
 
 import flash_rocm
 from flash_rocm import cache_ops, v3
+from flash_rocm.dropin import private
 from flash_rocm.problem import CacheInputs
 from flash_rocm.runtime import ConfigError
 
@@ -260,6 +261,30 @@ def test_packed_keys(name: str, target: str) -> None:
     )
     text = "cu_seqlens_k, seqused_k: expected bounds in [0, 10] and lengths within them, got another in sequence 1."
     assert_reported(arguments, text, target, v3.flash_attn_varlen_func, ("k", "v"))
+
+
+@pytest.mark.parametrize("bad", (-1, 11))
+@pytest.mark.usefixtures("debug")
+def test_where_packed_keys_start(bad: int, target: str) -> None:
+    device = device_of(target)
+    arguments = dict(
+        q=random(device, 4, HEADS, DIM),
+        k=random(device, 10, HEADS_K, DIM, seed=1),
+        v=random(device, 10, HEADS_K, DIM_V, seed=2),
+        cu_seqlens_q=integers(device, 0, 2, 4),
+        cu_seqlens_k=integers(device, 0, 4, 10),
+        max_seqlen_q=2,
+        max_seqlen_k=10,
+        dropout_p=0.0,
+        softmax_scale=0.3,
+        causal=True,
+        leftpad_k=integers(device, 1, bad),
+    )
+    text = (
+        "cu_seqlens_k, seqused_k, leftpad_k: expected bounds in [0, 10] and lengths within them, "
+        "got another in sequence 1."
+    )
+    assert_reported(arguments, text, target, private._flash_attn_varlen_forward, ("k", "v"))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from flash_rocm.testing import Case, assert_attention_close, make_inputs, make_p
 triton = pytest.importorskip("triton", reason="the launcher imports Triton")
 
 from flash_rocm._triton import launch  # noqa: E402
+from flash_rocm._triton.launcher import Call, Launcher  # noqa: E402
 from flash_rocm._triton.plan import plan  # noqa: E402
 
 VARLEN = dict(varlen=True, batch=3, seqlen_q=40, seqlen_k=50, nheads=4, nheads_k=2, headdim=32)
@@ -29,11 +30,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """(kernel, key, everything else the launch would take) of each call; nothing is launched."""
     recorded: list[tuple[Any, ...]] = []
 
-    def record(self: Any, key: Any, call: launch.Call) -> None:
+    def record(self: Any, key: Any, call: Call) -> None:
         constants = call.plan.constants | call.constants
         recorded.append((id(self), key, (call.programs, call.scalars, constants, call.plan.options)))
 
-    monkeypatch.setattr(launch.Launcher, "launch_new", record)
+    monkeypatch.setattr(Launcher, "launch_new", record)
     return recorded
 
 
@@ -194,13 +195,13 @@ def test_products_by_chunks_of_the_head_dim(
     """BLOCK_K of the forward and both backward kernels, on 37 queries and 53 keys of 32x32, 32x16 and 16x32 blocks."""
     override = {kernel: {"BLOCK_K": block_k} for kernel in ("forward", "backward_dq", "backward_dkdv")}
     monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", json.dumps(override))
-    launch_new, launched = launch.Launcher.launch_new, {}
+    launch_new, launched = Launcher.launch_new, {}
 
-    def noted(launcher: launch.Launcher, key: Any, call: launch.Call) -> None:
+    def noted(launcher: Launcher, key: Any, call: Call) -> None:
         launched[launcher.kernel.__name__] = call.plan.constants["BLOCK_K"]
         launch_new(launcher, key, call)
 
-    monkeypatch.setattr(launch.Launcher, "launch_new", noted)
+    monkeypatch.setattr(Launcher, "launch_new", noted)
     problem = make_problem(**{"nheads": 1, **fields}, batch=1, nheads_k=1, seqlen_q=37, seqlen_k=53, needs_grad=True)
     data = make_inputs(problem, layout="padded", poison=True)
     results, _ = _through_the_operator(problem, data)

@@ -78,10 +78,10 @@ class TestOffline:
         pytest.importorskip("triton", reason="compiles Triton kernels")
         if runtime.triton_interpret():
             pytest.skip("TRITON_INTERPRET=1 replaces the compiler")
-        from flash_rocm._triton import launch
+        from flash_rocm._triton.launcher import Launcher
 
         self.calls: list[tuple[Any, Any]] = []
-        monkeypatch.setattr(launch.Launcher, "launch_new", lambda own, key, call: self.calls.append((own.kernel, call)))
+        monkeypatch.setattr(Launcher, "launch_new", lambda own, key, call: self.calls.append((own.kernel, call)))
         monkeypatch.setattr(backends, "select_layers", lambda dtype, arch, requested: "triton")
         yield
 

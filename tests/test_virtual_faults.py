@@ -291,6 +291,9 @@ def test_lds_writes_not_waited_for_at_a_barrier(order: str) -> None:
                 run_lines(missing, waves=2, order=order)
             run_lines(missing, waves=2, order=order, checks=Checks(barrier_waits=False))
         run_lines(lines.format(wait, "", *access), waves=2, order=order)
+        # 15 reads behind it fill the counter: the write has ended.
+        reads = "\n".join(f"ds_read_b32 v{number}, v1" for number in range(3, 18))
+        run_lines(lines.format(reads, "", *access), waves=2, order=order)
         # As in Composable Kernel, one of whose barriers is for something else.
         run_lines(lines.format("", f"{wait}\n s_barrier", *access), waves=2, order=order)
 

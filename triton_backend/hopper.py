@@ -33,7 +33,7 @@ def copy_at(buffer, rows, exists, DIMS: gl.constexpr):
 
 @gluon.jit
 def clear_from(tile, rows_left, TILE_ROWS: gl.constexpr):
-    """A warpgroup sets rows of a tile to 0 from row rows_left on: what lies behind a sequence can be NaN."""
+    """A warp or a warpgroup sets rows of a tile to 0 from row rows_left on: what lies behind a sequence can be NaN."""
     ROWS_AT_ONCE: gl.constexpr = 16 if gl.num_warps() == 4 else 8
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     rows = gl.arange(0, ROWS_AT_ONCE, layout=gl.SliceLayout(1, layout))

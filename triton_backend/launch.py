@@ -128,7 +128,8 @@ def lse_strides_of(softmax_lse: torch.Tensor) -> tuple[int, int]:
 def is_plain_call(problem: AttentionProblem, strided: tuple[torch.Tensor, ...]) -> bool:
     """Facts.plain of the config schema for a problem and its tensors.
 
-    Their rows start at multiples of 16 bytes, and those that TMA copies, not over a K/V cache, are matrices to it.
+    Their rows start at multiples of 16 bytes, and those that TMA copies are matrices to it; of a K/V cache not all
+    are (``cached._are_tiles``).
     """
     itemsize = problem.dtype.itemsize
     return (

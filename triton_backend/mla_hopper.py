@@ -7,9 +7,9 @@ other.  P of the first tile, with the running maximum so far, goes to the second
 its half of the values while its own softmax goes on, and sends back P of its tile and the maximum of both.  P takes
 the place of its tile's rotary dims, which only the scores need.
 
-A third warpgroup (``_load_keys``) copies keys, each half of a tile as soon as the last product with the one before has
-ended: by TMA where a page holds whole tiles, else row by row, so that pages may have any size.  The three wait for each
-other at barriers only.
+A third group of threads (``_load_keys``) copies keys, each half of a tile as soon as the last product with the one
+before has ended: one warp by TMA, where tiles are in one page each or there are no pages, else four row by row, so that
+pages may have any size.  The three wait for each other at barriers only.
 
 That two warpgroups share scores and values evenly is the schedule of FlashMLA.  The arguments are those of
 ``cache_kernels.attn_cache_kernel``.
@@ -39,7 +39,7 @@ TILE_N = gl.constexpr(64)
 HALF_DV = gl.constexpr(256)
 #: Dims of the keys that are no values.
 ROPE_DIMS = gl.constexpr(64)
-#: Threads of the warpgroup that loads keys, each of which arrives when its copies have.
+#: Threads of a warpgroup, each of which arrives when its copies of keys or of q have.
 THREADS = gl.constexpr(128)
 #: Halves of the value dims of two tiles, in the order in which they are loaded; 2 * tile + half.
 FIRST_LEFT, FIRST_RIGHT, SECOND_LEFT, SECOND_RIGHT = (gl.constexpr(part) for part in range(4))
@@ -108,7 +108,7 @@ def _copy_tile(
                 mbarrier.expect(arrived, TILE_N * WIDTH * 2)
                 load(v, [v_place, v_col + dims], arrived, place)
             else:
-                # What is behind the keys can be NaN, and 0 * NaN is.
+                # What is behind the keys can be NaN, and 0 * NaN is.  The last two tiles alone come here: phase 0.
                 mbarrier.expect(tail.index(PIECES * part + piece), TILE_N * WIDTH * 2)
                 load(v, [v_place, v_col + dims], tail.index(PIECES * part + piece), place)
                 mbarrier.wait(tail.index(PIECES * part + piece), 0)
@@ -227,7 +227,7 @@ def _send(s, row_max, own_max, row_sum, scale, place, maxima, sent):
 
 @gluon.jit
 def _attend(
-    q_left, q_right, q_rope, left, right, rope, maxima, sums, q_full, full, empty, first_full, second_full,
+    q_left, q_right, q_rope, left, right, rope, maxima, sums, q_full, full, empty, first_full, second_full, summed,
     q_ptr, q2_ptr, stride_qm, stride_qh, stride_q2m, stride_q2h, out_ptr, lse_ptr, begin, full_begin, full_end, end,
     packed_start, group_size, rows_left, shift, cols_total,
     window_left, window_right, chunk, scale, stride_lm, stride_lh, stride_om, stride_oh, first_lse_row, out_row,
@@ -297,15 +297,11 @@ def _attend(
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(SECOND_RIGHT), count=1)
             mbarrier.arrive(empty.index(SECOND_LEFT), count=1)
-        pair += 1
+        pair += 1  # noqa: SIM113 -- kernels have no enumerate
     # Each has summed the rows of its own tiles.
     sums.index(PART).store(row_sum)
-    if PART == 0:
-        mbarrier.arrive(first_full, count=1)
-        mbarrier.wait(second_full, pair & 1)
-    else:
-        mbarrier.arrive(second_full, count=1)
-        mbarrier.wait(first_full, pair & 1)
+    mbarrier.arrive(summed, count=1)
+    mbarrier.wait(summed, 0)
     row_sum += sums.index(1 - PART).load(row_layout)
     # As in the forward kernel: a row without a key, and one that sees nothing but NaN.
     dead = (row_max == float("-inf")) & (row_sum == 0.0)
@@ -425,6 +421,7 @@ def attn_mla_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     first_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     second_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    summed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for part in gl.static_range(PLACES + 2):
         mbarrier.init(full.index(part), count=1 if TMA else THREADS)
     for part in gl.static_range(PLACES):
@@ -435,13 +432,15 @@ def attn_mla_kernel(
         mbarrier.init(empty.index(part), count=1 if part % 3 == 0 else 2)
     mbarrier.init(first_full, count=1)
     mbarrier.init(second_full, count=1)
+    mbarrier.init(summed, count=2)
+    fence_async_shared()  # the copies arrive at what threads have initialised
 
     barrier()
     gl.warp_specialize(
         [
             (_attend, (
                 q_left, q_right, q_rope, left, right, rope, maxima, sums, q_full, full, empty,
-                first_full, second_full, q_ptr, q2_ptr, stride_qm, stride_qh, stride_q2m, stride_q2h,
+                first_full, second_full, summed, q_ptr, q2_ptr, stride_qm, stride_qh, stride_q2m, stride_q2h,
                 out_ptr, lse_ptr, begin, full_begin, full_end, end,
                 packed_start, group_size, rows_left, shift, cols_total, window_left, window_right, chunk, scale,
                 stride_lm, stride_lh, stride_om, stride_oh, start_q, out_row,
@@ -449,7 +448,7 @@ def attn_mla_kernel(
             )),
             (_attend, (
                 q_left, q_right, q_rope, left, right, rope, maxima, sums, q_full, full, empty,
-                first_full, second_full, q_ptr, q2_ptr, stride_qm, stride_qh, stride_q2m, stride_q2h,
+                first_full, second_full, summed, q_ptr, q2_ptr, stride_qm, stride_qh, stride_q2m, stride_q2h,
                 out_ptr, lse_ptr, begin, full_begin, full_end, end,
                 packed_start, group_size, rows_left, shift, cols_total, window_left, window_right, chunk, scale,
                 stride_lm, stride_lh, stride_om, stride_oh, start_q, out_row,

@@ -30,7 +30,7 @@ from flash_rocm.tuned import CacheTuneKey, Outcome, TuneKey, TuningError
 
 from . import cache_tuning, launch, workers
 from .candidates import candidates
-from .launcher import pointers_of
+from .launcher import Launcher, pointers_of
 from .plan import kernel_config, tune_key
 
 #: Seconds for one key.
@@ -122,7 +122,7 @@ def _runner(kernel: str, problem: AttentionProblem, device: torch.device) -> tup
     """What launches a kernel with the configs of a source, and how often."""
     tensors, strided, lse_strides = _tensors(kernel, problem, device)
     # Its own: what it has loaded goes when it goes, but for the winner.
-    launcher = launch.Launcher(launch.KERNELS[kernel].kernel)
+    launcher = Launcher(launch.KERNELS[kernel].kernel)
     pointers, _ = pointers_of(tensors)
 
     def run(source: ConfigSource) -> None:

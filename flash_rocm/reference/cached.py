@@ -75,7 +75,7 @@ def _check_contents(problem: AttentionProblem, inputs: CacheInputs, found: list[
         is_length = lengths.cached >= 0 and total <= capacity and 0 <= lengths.leftpad <= capacity
         if inputs.is_packed and starts_k is not None:
             start, end = starts_k[b : b + 2]
-            is_length = 0 <= start <= start + lengths.cached <= end <= capacity
+            is_length = is_length and 0 <= start <= start + lengths.cached <= end <= capacity
         used = []
         if table is not None and is_length:
             size = inputs.k.shape[1]

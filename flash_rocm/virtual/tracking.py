@@ -103,10 +103,6 @@ class Tracker:
             if touched:
                 bits = bits_of(touched)
                 late = self._late(group, name, bits)
-                if late.any() and name in self.most:
-                    done, issued = self.done[name], self.issued[name]
-                    done[group.sel] = np.maximum(done[group.sel], issued[group.sel] - self.most[name])
-                    late = self._late(group, name, bits)
                 if late.any():
                     bit = bits[int(np.nonzero(late.any(axis=1))[0][0])]
                     raise MissingWait(f"{register_name(bit, self.vgprs)} is used before the wait for its load ({name})")
@@ -146,8 +142,11 @@ class Tracker:
         """Count one memory instruction; ``registers`` (bits, also as ``mask``) are what it loads."""
         issued = self.issued[counter]
         issued[group.sel] += 1
+        now = issued[group.sel]
+        if counter in self.most:
+            done = self.done[counter]
+            done[group.sel] = np.maximum(done[group.sel], now - self.most[counter])
         if registers:
-            now = issued[group.sel]
             ready = self.ready[counter]
             for bit in registers:
                 ready[bit, group.sel] = now
