@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,3 +203,24 @@ def test_more_pages_are_another_launch(launches: Launches) -> None:
         v3.flash_attn_with_kvcache(**_pages(64, count))
     first, more, again = (key for key, _, _ in launches.pairs)
     assert first == again != more
+
+
+def test_a_known_launch_describes_keys_and_values(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first tensors those with a tile: the address is new, rows, columns and stride are the first launch's."""
+    v3.flash_attn_with_kvcache(**_pages(64))
+    _, _, call = launches.pairs[0]
+    monkeypatch.undo()
+    brought: list[Any] = []
+    compiled = SimpleNamespace(run=lambda *args: brought.extend(args), function=1, packed_metadata=2)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 3))
+    monkeypatch.setattr(launcher.triton.runtime, "driver", driver)
+    monkeypatch.setattr(launcher, "_current_device", lambda: 0)
+    known = launcher.Launcher(None)
+    known._known["key",] = launcher._Known(compiled, 0, call, (8, 9))
+    assert known.launch_known(("key",), [16, 32, 48, 64])
+    programs, _, _, stream, *_ = brought
+    q, k, v, other, *tail = brought[9:]
+    assert (programs, stream, q, other, tail) == (call.programs, 3, 16, 64, [8, 9])
+    rows = 8 * 64
+    assert (k.data_ptr(), k.shape, k.strides) == (32, (rows, 64), (576, 1))
+    assert (v.data_ptr(), v.shape, v.strides) == (48, (rows, 512), (576, 1))
