@@ -148,9 +148,10 @@ def _append_fake(*args: Any) -> None:
 def with_layout(inputs: CacheInputs) -> CacheInputs:
     """Inputs of a call that skips the dispatcher have a layout: tensors are plain, and nobody traces or watches."""
     # In this order: torch.compile could not trace is_watched.
-    if torch.compiler.is_compiling() or not are_plain(inputs[:-2]) or type(None) in map(type, (inputs.q, inputs.k)):
-        return inputs  # None for q or k is what checks of the inputs say
-    if is_watched(inputs.q):
+    if torch.compiler.is_compiling() or not are_plain(inputs.tensors):
+        return inputs
+    # Nothing has been checked yet: that q and k are no None the checks say.
+    if inputs.q is None or inputs.k is None or is_watched(inputs.q):
         return inputs
     return inputs.with_layout()
 

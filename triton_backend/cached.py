@@ -139,8 +139,7 @@ def _route_of(
 
 def attend(problem: AttentionProblem, inputs: CacheInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out and softmax_lse over a K/V cache; see :class:`flash_rocm.protocols.Backend`."""
-    if inputs.layout is None:
-        inputs = inputs.with_layout()
+    inputs = inputs.with_layout()
     parts = q_1, k_1, q_2, k_2 = parts_of(problem, inputs)
     v_is_k2 = plain = False
     if q_2 is not q_1:
@@ -270,8 +269,7 @@ def append(problem: AttentionProblem, inputs: CacheInputs) -> None:
     k_new, v_new = inputs.k_new, inputs.v_new
     if k_new is None or v_new is None:
         raise ValueError("k_new, v_new: expected tensors to append, got None")
-    if inputs.layout is None:
-        inputs = inputs.with_layout()
+    inputs = inputs.with_layout()
     errors = _error_buffer(inputs)
     layout = inputs.layout
     key = (problem, layout and layout.launch, errors is None, far_ones(inputs))

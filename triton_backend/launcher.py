@@ -163,7 +163,7 @@ def pointers_of(tensors: Sequence[torch.Tensor | None]) -> tuple[list[Any], Any]
     for pointer in pointers:
         if pointer:
             combined |= pointer
-    far = far_ones(tensors) if _IS_HIP else None
+    far = far_ones(tensors)
     if combined & 15 == 0 and far is None:
         return pointers, 0
     return pointers, (far, *(None if pointer is None else pointer & 15 == 0 for pointer in pointers))

@@ -102,14 +102,10 @@ class Tracker:
             touched = mask & (reads if name == counter else reads | writes)
             if touched:
                 bits = bits_of(touched)
-                late = self._late(group, name, bits)
+                late = self.ready[name][bits][:, group.sel] > self.done[name][group.sel]
                 if late.any():
                     bit = bits[int(np.nonzero(late.any(axis=1))[0][0])]
                     raise MissingWait(f"{register_name(bit, self.vgprs)} is used before the wait for its load ({name})")
-
-    def _late(self, group: Any, counter: str, bits: list[int]) -> Any:
-        """Which registers wait for a load, in which waves."""
-        return self.ready[counter][bits][:, group.sel] > self.done[counter][group.sel]
 
     def _missing(self, group: Any, reads: int, sink: bool) -> Any:
         """Which waves lack a source, as results of undefined sources are undefined; a sink must not lack any.
