@@ -15,11 +15,27 @@ _Name = Callable[[str], str]
 
 #: What FLASH_ROCM_DEBUG=1 finds in contents of tensors, in the order of the numbers that a back end reports.
 FAULTS = (
-    "block_table: expected pages in [0, {entries})",
+    "{block_table}: expected pages in [0, {entries})",
     "{lengths}",
     "cache_batch_idx: expected entries in [0, {entries})",
     "rotary_cos, rotary_sin: expected positions in [0, {rows})",
 )
+
+
+#: Fields in those texts that functions call differently, by the names of most: a compiled graph knows no caller.
+_USUAL = {"block_table": "block_table", "seqused_k": "cache_seqlens", "leftpad_k": "cache_leftpad"}
+
+
+class ContentsError(ValueError):
+    """What FLASH_ROCM_DEBUG=1 found; who knows the caller's names for the fields raises :meth:`called` instead."""
+
+    def __init__(self, template: str) -> None:
+        super().__init__(template.format_map(_USUAL))
+        self._template = template
+
+    def called(self, names: dict[str, str]) -> ValueError:
+        """The same in the names of the caller's function, given where they are not the fields'."""
+        return ValueError(self._template.format_map({field: names.get(field, field) for field in _USUAL}))
 
 
 def raise_faults(reported: Sequence[int], inputs: CacheInputs) -> None:
@@ -27,16 +43,16 @@ def raise_faults(reported: Sequence[int], inputs: CacheInputs) -> None:
     if not any(reported):
         return
     rows = 0 if inputs.rotary_cos is None else inputs.rotary_cos.shape[0]
-    lengths = f"cache_seqlens, cache_leftpad: expected lengths, with the new tokens, in [0, {inputs.capacity}]"
+    lengths = f"{{seqused_k}}, {{leftpad_k}}: expected lengths, with the new tokens, in [0, {inputs.capacity}]"
     leftpad = "" if inputs.leftpad_k is None else ", leftpad_k"
     if inputs.is_packed:
         lengths = f"cu_seqlens_k, seqused_k{leftpad}: expected bounds in [0, {inputs.capacity}] and lengths within them"
     elif inputs.cu_seqlens_k is not None and inputs.seqused_k is None:
         lengths = f"cu_seqlens_k{leftpad}: expected lengths in [0, {inputs.capacity}]"
-    facts = {"entries": inputs.k.shape[0], "lengths": lengths, "rows": rows}
+    facts = {"entries": inputs.k.shape[0], "lengths": lengths, "rows": rows, "block_table": "{block_table}"}
     found = [(text.format(**facts), number - 1) for text, number in zip(FAULTS, reported, strict=True) if number]
     lines = [f"{text}, got another in sequence {sequence}." for text, sequence in found]
-    raise ValueError(" ".join(lines) + " Nothing outside of the cache was read or written.")
+    raise ContentsError(" ".join(lines) + " Nothing outside of the cache was read or written.")
 
 
 def check_inputs(inputs: CacheInputs, names: dict[str, str]) -> None:

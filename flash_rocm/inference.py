@@ -172,15 +172,19 @@ def attend_cached(
         max_seqlen_new = defaults.max_seqlen_new
     is_traced = inputs.layout is None and torch.compiler.is_compiling()
     request = runtime.override() if is_traced else virtual_device.request_of(inputs.q)
-    if max_seqlen_new:
-        cache_ops.append_kv(inputs, max_seqlen_new, bool(rotary_interleaved), request)
     scalars: tuple[Any, ...] = (
         *(max_seqlen_q, max_seqlen_k, max_seqlen_new, scale, left, 0 if causal else right, float(softcap)),
         *(attention_chunk, bool(rotary_interleaved), num_splits, request),
     )
-    if torch.is_grad_enabled() and inputs.requires_grad:
-        return _WithoutBackward.apply(cache_ops.attention_cached, (inputs, scalars), _NO_BACKWARD, *inputs.tensors)
-    return cache_ops.attention_cached(inputs, scalars)
+    try:
+        if max_seqlen_new:
+            cache_ops.append_kv(inputs, max_seqlen_new, bool(rotary_interleaved), request)
+        if torch.is_grad_enabled() and inputs.requires_grad:
+            args = (inputs, scalars)
+            return _WithoutBackward.apply(cache_ops.attention_cached, args, _NO_BACKWARD, *inputs.tensors)
+        return cache_ops.attention_cached(inputs, scalars)
+    except cache_validation.ContentsError as error:
+        raise error.called(names) from None
 
 
 def _checked(inputs: CacheInputs, names: dict[str, str]) -> CacheDefaults:

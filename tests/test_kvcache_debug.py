@@ -128,7 +128,8 @@ def test_page_that_is_written(page_size: int, bad: Any, target: str) -> None:
 # --------------------------------------------------------------------------------------------------
 # Lengths and entries
 
-LENGTHS = "cache_seqlens, cache_leftpad: expected lengths, with the new tokens, in [0, 12], got another in sequence 1."
+USUAL = "cache_seqlens, cache_leftpad"
+LENGTHS = f"{USUAL}: expected lengths, with the new tokens, in [0, 12], got another in sequence 1."
 
 
 @pytest.mark.parametrize("bad", (-1, CAPACITY + 1, 2**31 - 1, -(2**31)))
@@ -205,6 +206,26 @@ def test_length_of_a_prefill(bad: int, target: str) -> None:
     assert_reported(arguments, text, target, flash_rocm.flash_attn_varlen_func, ("k", "v"))
 
 
+@pytest.mark.parametrize("fault", ("page", "length"))
+@pytest.mark.usefixtures("debug")
+def test_names_of_the_called_function(fault: str, target: str) -> None:
+    """One that calls lengths and pages as the operator's inputs do, and the operator, which knows no caller."""
+    arguments = prefill(device_of(target), 64, 2, 128)
+    arguments |= {"seqused_k": integers(device_of(target), 2, 128), "dropout_p": 0.0, "softmax_scale": 0.3}
+    if fault == "page":
+        arguments["block_table"][1, -1] = 4
+        texts = ["block_table: expected pages in [0, 4)"] * 2
+    else:
+        arguments["seqused_k"] = integers(device_of(target), 2, 129)
+        texts = [f"{n}: expected lengths, with the new tokens, in [0, 128]" for n in ("seqused_k, leftpad_k", USUAL)]
+    texts = [f"{text}, got another in sequence 1." for text in texts]
+    assert_reported(arguments, texts[0], target, private._flash_attn_varlen_forward, ("k", "v"))
+    inputs = CacheInputs(**{name: arguments.get(name) for name in CacheInputs._fields})
+    with pytest.raises(ValueError) as error:
+        cache_ops.attention_cached(inputs, (9, 128, 0, 0.3, -1, 0, 0.0, 0, False, 0, ""))
+    assert str(error.value) == texts[1] + NOTHING
+
+
 @pytest.mark.parametrize("fault", ("page that is read", "page that is written", "length"))
 @pytest.mark.usefixtures("debug")
 def test_chunk_of_a_prompt(fault: str, target: str) -> None:
@@ -222,7 +243,7 @@ def test_chunk_of_a_prompt(fault: str, target: str) -> None:
         max_seqlen_q=9,
         causal=True,
     )
-    text = "block_table: expected pages in [0, 8), got another in sequence 1."
+    text = "page_table: expected pages in [0, 8), got another in sequence 1."
     if fault == "length":
         arguments["cache_seqlens"] = integers(device, 4, 4)
         text = LENGTHS
@@ -314,7 +335,7 @@ def mla(device: str, form: str, page_size: int) -> dict[str, Any]:
 def test_mla(form: str, page_size: int, fault: str, target: str) -> None:
     arguments = mla(device_of(target), form, page_size)
     pages = arguments["k_cache"].shape[0]
-    text = f"block_table: expected pages in [0, {pages}), got another in sequence 1."
+    text = f"page_table: expected pages in [0, {pages}), got another in sequence 1."
     if fault == "page":
         arguments["page_table"][1, 1] = pages
     else:
