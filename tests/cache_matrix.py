@@ -13,7 +13,7 @@ import flash_rocm
 from flash_rocm import cache_ops, ck_instances
 from flash_rocm.backends import CAPABILITIES
 from flash_rocm.problem import AttentionProblem, CacheInputs
-from flash_rocm.testing import CacheCall, assert_cached_close, make_cache_inputs, make_problem
+from flash_rocm.testing import CacheCall, CacheCase, assert_cached_close, make_cache_inputs, make_problem
 from flash_rocm.virtual_device import Request
 
 #: What cases combine, features and ways to call; the first name of a case is what it is there for.
@@ -197,11 +197,13 @@ def run(case: Case) -> None:
 
 
 def _run(case: Case, arch: str) -> None:
-    p = case.problem
-    made = make_cache_inputs(p, case.call, case.seed)
-    k, v = made.inputs.k.clone(), made.inputs.v.clone()
-    inputs = made.inputs._replace(k=k, v=v)
-    request = str(Request(case.backend, virtual=arch))
+    made = make_cache_inputs(case.problem, case.call, case.seed)
+    inputs = made.inputs._replace(k=made.inputs.k.clone(), v=made.inputs.v.clone())
+    call_and_compare(case.problem, made, inputs, str(Request(case.backend, virtual=arch)))
+
+
+def call_and_compare(p: AttentionProblem, made: CacheCase, inputs: CacheInputs, request: str) -> None:
+    """Append and attend; ``inputs`` are those of the case, over copies of its caches."""
     before = [None if x is None else x.clone() for x in made.inputs]
     if p.seqlen_new:
         cache_ops.append_kv(inputs, p.seqlen_new, p.rotary_interleaved, request)
@@ -210,6 +212,6 @@ def _run(case: Case, arch: str) -> None:
         p.attention_chunk, p.rotary_interleaved, p.num_splits, request,
     )  # fmt: skip
     out, lse = cache_ops.attention_cached(inputs, scalars)
-    assert_cached_close(p, made, out, lse, k, v)
+    assert_cached_close(p, made, out, lse, inputs.k, inputs.v)
     for name, x, y in zip(CacheInputs._fields, made.inputs, before, strict=True):
         assert (x is None) == (y is None) and (x is None or x.equal(y) or name in "kv"), name

@@ -208,26 +208,29 @@ def decode_call(page_size: int) -> dict[str, Any]:
 @pytest.mark.gpu
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("page_size", (200, 64, 16, 3))
-def test_graph_follows_lengths_and_pages(page_size: int) -> None:
+@pytest.mark.parametrize("function", (flash_rocm.flash_attn_with_kvcache, v3.flash_attn_with_kvcache), ids=("v2", "v3"))
+def test_graph_follows_lengths_and_pages(function: Callable[..., Any], page_size: int) -> None:
     """Captured once; then lengths, pages and tokens change in place."""
-    arguments = decode_call(page_size)
-    flash_rocm.flash_attn_with_kvcache(**arguments)  # compiles
+    arguments, table = decode_call(page_size), "block_table"
+    if function is v3.flash_attn_with_kvcache and table in arguments:
+        arguments["page_table"], table = arguments.pop(table), "page_table"
+    function(**arguments)  # compiles
     eager = {n: x.clone() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        out, lse = flash_rocm.flash_attn_with_kvcache(**arguments)
+        out, lse = function(**arguments)
     for number, lengths in enumerate([(5, 90, 120), (6, 91, 0), (199, 0, 64), (63, 64, 65)]):
         changes = {"cache_seqlens": integers("cuda", *lengths)}
         for seed, name in enumerate(("q", "k", "v")):
             changes[name] = random("cuda", *arguments[name].shape, seed=10 * number + seed)
-        if "block_table" in arguments:
-            changes["block_table"] = arguments["block_table"].roll(number, 1)
+        if table in arguments:
+            changes[table] = arguments[table].roll(number, 1)
         for name, x in changes.items():
             arguments[name].copy_(x)
             eager[name].copy_(x)
         graph.replay()
-        expected = flash_rocm.flash_attn_with_kvcache(**eager)
+        expected = function(**eager)
         assert_equal(
             (out, lse, arguments["k_cache"], arguments["v_cache"]), (*expected, eager["k_cache"], eager["v_cache"])
         )

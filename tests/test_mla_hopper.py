@@ -12,8 +12,8 @@ import torch
 from flash_rocm import runtime
 from flash_rocm.arch import Arch, amd_arch, nvidia_arch
 from flash_rocm.config_schema import ConfigError
-from flash_rocm.problem import AttentionProblem
-from flash_rocm.testing import CacheCall, make_problem
+from flash_rocm.problem import AttentionProblem, CacheInputs
+from flash_rocm.testing import CacheCall, CacheCase, make_problem
 
 pytest.importorskip("triton", reason="about a Triton kernel")
 
@@ -157,28 +157,97 @@ CASES: dict[str, tuple[dict[str, Any], CacheCall]] = {
 }
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("num_splits", (0, 1, 5))
-@pytest.mark.parametrize("name", CASES)
-def test_on_a_gpu(name: str, num_splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both implementations against float64; the same number of splits gives the same bits."""
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The implementation that each call takes."""
     from flash_rocm._triton import cached
 
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the Gluon kernel is for sm90 alone")
-    fields, call = CASES[name]
-    problem = mla_problem(**fields, num_splits=num_splits)
-    case = cache_matrix.Case("triton", "cuda", problem, call, seed=num_splits, features=("mla",))
-    taken: list[str] = []
+    found: list[str] = []
     route_of = cached._route_of
 
     def recorded(*args: Any) -> Any:
         route = route_of(*args)
-        taken.append(route.plan.config.implementation)
+        found.append(route.plan.config.implementation)
         return route
 
     monkeypatch.setattr(cached, "_route_of", recorded)
+    return found
+
+
+def skip_without_hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Gluon kernel is for sm90 alone")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_splits", (0, 1, 5))
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_gpu(name: str, num_splits: int, taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both implementations against float64; the same number of splits gives the same bits."""
+    skip_without_hopper()
+    fields, call = CASES[name]
+    problem = mla_problem(**fields, num_splits=num_splits)
+    case = cache_matrix.Case("triton", "cuda", problem, call, seed=num_splits, features=("mla",))
     cache_matrix.run(case)
     monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"mla": {"implementation": "triton"}}')
     cache_matrix.run(case)
     assert taken == ["gluon", "triton"]
+
+
+#: Around tiles of 64 keys, and around two of them, which two warpgroups share.
+LENGTHS = [1, 63, 64, 65, 127, 128, 129, 192]
+
+
+def one_memory(problem: AttentionProblem) -> CacheCase:
+    """Sequences of LENGTHS over pages of 576 dims, the first 512 of which are the values; NaN where no token is."""
+    p, generator = problem, torch.Generator().manual_seed(problem.seqlen_q)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(p.device_type, p.dtype)
+
+    pages = max(LENGTHS) // p.page_size
+    table = torch.randperm(pages * p.batch + 2, generator=generator)[: pages * p.batch].view(p.batch, pages).int()
+    memory = torch.full((pages * p.batch + 2, p.page_size, 1, 576), float("nan"), dtype=p.dtype, device=p.device_type)
+    for b, length in enumerate(LENGTHS):
+        for position in range(length):
+            memory[table[b, position // p.page_size], position % p.page_size] = values(1, 576)
+        table[b, -(-length // p.page_size) :] = -7
+    inputs = CacheInputs(
+        q=values(p.batch, p.seqlen_q, p.nheads, p.headdim),
+        k=memory[..., -p.headdim :],
+        v=memory[..., :512],
+        qv=values(p.batch, p.seqlen_q, p.nheads, 512) if p.qv else None,
+        seqused_k=torch.tensor(LENGTHS, dtype=torch.int32, device=p.device_type),
+        block_table=table.to(p.device_type),
+    )
+    return CacheCase(inputs, [p.seqlen_q] * p.batch, LENGTHS, [0] * p.batch, [0] * p.batch)
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    ("reference", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("gluon", "triton"))),
+)
+@pytest.mark.parametrize("num_splits", (1, 2))
+@pytest.mark.parametrize("shape", ({"nheads": 128}, {"seqlen_q": 2, "window_right": 0}), ids=("one", "causal"))
+@pytest.mark.parametrize("form", (ONE_TENSOR, TWO_TENSORS), ids=("one tensor", "two tensors"))
+def test_ends_of_tiles_in_one_memory(
+    form: dict[str, Any],
+    shape: dict[str, int],
+    num_splits: int,
+    implementation: str,
+    taken: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a server has: keys and values in one memory, and sequences of any length."""
+    is_gpu = implementation != "reference"
+    if is_gpu:
+        skip_without_hopper()
+    if implementation == "triton":
+        monkeypatch.setenv("FLASH_ROCM_KERNEL_CONFIG", '{"mla": {"implementation": "triton"}}')
+    fields = dict(batch=len(LENGTHS), seqlen_k=max(LENGTHS), device_type="cuda" if is_gpu else "cpu")
+    problem = mla_problem(**form | shape | fields, num_splits=num_splits)
+    made = one_memory(problem)
+    again = one_memory(problem).inputs
+    inputs = made.inputs._replace(k=again.k, v=again.v)
+    cache_matrix.call_and_compare(problem, made, inputs, "triton" if is_gpu else "reference")
+    assert taken == ([implementation] if is_gpu else [])
