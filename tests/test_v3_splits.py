@@ -14,8 +14,9 @@ from test_adversarial import random
 
 import flash_rocm
 from flash_rocm import v3
+from flash_rocm.arch import nvidia_arch
 from flash_rocm.splits import choose_splits
-from flash_rocm.testing import oracle_combine
+from flash_rocm.testing import make_problem, oracle_combine
 
 device = test_adversarial.device  # the fixture with every target
 
@@ -114,6 +115,26 @@ def test_larger_chips_divide_keys_more() -> None:
     assert 1 < found["gfx90a"] < found["gfx942"]
     # Workgroups, tiles of keys, workgroups at a time.
     assert choose_splits(304, 64, 304) == choose_splits(608, 64, 304) == choose_splits(1, 1, 304) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "keys", "page_size", "expected"),
+    ((32, 512, 0, 1), (32, 1024, 0, 1), (32, 2048, 0, 1), (8, 2048, 0, 4), (32, 4096, 16, 2), (16, 8192, 16, 4)),
+)
+def test_enough_warps_read_all_that_memory_gives(batch: int, keys: int, page_size: int, expected: int) -> None:
+    """On an H200 the fastest of 1, 2, 3, 4 and 8 parts, as measured: four warps on a multiprocessor are enough.
+
+    Of a dense cache a workgroup has two, of pages one.
+    """
+    pytest.importorskip("triton", reason="asks the Triton back end")
+    from flash_rocm._triton import cached, plan
+
+    problem = make_problem(
+        batch=batch, seqlen_q=1, seqlen_k=keys, nheads=32, nheads_k=8, headdim=128, dtype=torch.bfloat16,
+        device_type="cuda", window_right=0, cached=True, page_size=page_size,
+    )  # fmt: skip
+    arch = nvidia_arch((9, 0), 132)
+    assert cached.num_splits_of(problem, plan.cache_plan(problem, arch, None, False, True), arch) == expected
 
 
 #: What is wrong, and how the text begins.

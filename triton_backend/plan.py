@@ -298,17 +298,26 @@ def is_built_plain(kernel: str, problem: AttentionProblem) -> bool:
 #: Bytes of shared memory of an NVIDIA multiprocessor; others have at least the last.
 _SHARED_BYTES = {"sm80": 164 << 10, "sm90": 228 << 10, "": 100 << 10}
 _MAX_WORKGROUPS_PER_CU = 8
+#: Warps of a multiprocessor with which a decode reads about as fast as with more, where that was measured: parts that
+#: only add warps cost their combination and gain nothing.
+_WARPS_THAT_READ = {"sm90": 4}
 
 
 def workgroups_per_cu(current: Plan, itemsize: int, arch: Arch) -> int:
-    """Of the attention kernel over a K/V cache, by the memory that its tiles of keys and values take."""
+    """Of the attention kernel over a K/V cache, by the memory that its tiles of keys and values take.
+
+    No more than have a use, where that is known.
+    """
     config, constants = current.config, current.constants
     dims = constants["BLOCK_D"] + constants["BLOCK_DV"]
     if constants["HEADDIM_2"] and not constants["V_IS_K2"]:
         dims += constants["BLOCK_D2"]
     tiles = config.BLOCK_N * dims * itemsize * config.num_stages
     pool = CHIPS[arch.name].lds_pool if arch.name in CHIPS else _SHARED_BYTES.get(arch.name, _SHARED_BYTES[""])
-    return min(max(pool // tiles, 1), _MAX_WORKGROUPS_PER_CU)
+    most = _MAX_WORKGROUPS_PER_CU
+    if current.kernel == "decode" and arch.name in _WARPS_THAT_READ:
+        most = max(_WARPS_THAT_READ[arch.name] // config.num_warps, 1)
+    return min(max(pool // tiles, 1), most)
 
 
 def cache_kernel(problem: AttentionProblem, v_is_k2: bool) -> str:
