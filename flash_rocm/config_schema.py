@@ -16,7 +16,7 @@ KERNELS = ("forward", "backward_dq", "backward_dkdv", "probs", "decode", "prefil
 DTYPES = ("float16", "bfloat16", "float32")
 #: Each option and the values it may have.  Those of AMD's compiler take 0 for the compiler's default.
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "BLOCK_M": (16, 32, 64, 128, 256, 512),
+    "BLOCK_M": (16, 32, 64, 128, 192, 256, 512),
     "BLOCK_N": (16, 32, 64, 128, 256, 512),
     "BLOCK_K": (0, 16, 32, 64, 128, 256),
     "num_warps": (1, 2, 4, 8, 16),

@@ -255,7 +255,7 @@ WRONG = {
     "option": (changed("options", BLOCK_X=32), "triton[0].options.BLOCK_X: expected one of the keys BLOCK_M"),
     "no power of two": (
         changed("options", BLOCK_M=48),
-        "options.BLOCK_M: expected one of 16, 32, 64, 128, 256, 512, got 48",
+        "options.BLOCK_M: expected one of 16, 32, 64, 128, 192, 256, 512, got 48",
     ),
     "a text": (changed("options", num_warps="4"), "options.num_warps: expected one of 1, 2, 4, 8, 16, got '4'"),
     "a bool": (changed("options", num_stages=True), "options.num_stages: expected one of 1, 2, 3"),

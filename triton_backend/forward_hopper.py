@@ -1,9 +1,10 @@
-"""Forward kernel for Hopper, in Gluon: one warp copies, two warpgroups multiply.
+"""Forward kernel for Hopper, in Gluon: one warp copies, two or three warpgroups multiply.
 
-Each of the two has 64 rows of queries.  The products of a tile of keys and of the tile before with its values
-are under way together, and the softmax of the one runs beside the other (Shah et al. 2024, FlashAttention-3,
-arXiv:2407.08608, section 3.2).  The arguments are those of ``forward_kernel.attn_fwd_kernel``, with descriptors of
-q, k and v as matrices in place of their pointers (``descriptors.Matrix``).
+Each of them has 64 rows of queries.  The products of a tile of keys and of the tile before with its values
+are under way together, and the softmax of the one runs beside the other; three warpgroups take turns with
+their products (Shah et al. 2024, FlashAttention-3, arXiv:2407.08608, sections 3.1 and 3.2).  The arguments
+are those of ``forward_kernel.attn_fwd_kernel``, with descriptors of q, k and v as matrices in place of their
+pointers (``descriptors.Matrix``).
 """
 
 from collections.abc import Mapping
@@ -32,10 +33,11 @@ def tile_rows(constants: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
 @gluon.jit
 def _rows_and_keys(
     step, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    BLOCK_N: gl.constexpr, VARLEN: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr,
     MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
-    """Of one step of this program: batch, head, first row; start and length of both sequences; key_ranges.
+    """Of one step of this program: batch, head, first row; start and length of both sequences; its first and last
+    column.
 
     Neighbouring programs have blocks of one head, so that its keys are in L2.  Where later rows see more keys
     (PAIRED) a program takes a block from the end, then one from the beginning: all such pairs are equally long.
@@ -49,23 +51,20 @@ def _rows_and_keys(
     start_q, rows_total = sequence_bounds(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
     start_k, cols_total = sequence_bounds(cu_seqlens_k_ptr, batch, seqlen_k, VARLEN)
     if PAIRED:
-        blocks = gl.cdiv(rows_total, 2 * ROWS)
+        blocks = gl.cdiv(rows_total, BLOCK_M)
         if step % 2 == 0:
             block = gl.where(block < gl.cdiv(blocks, 2), blocks - 1 - block, blocks)
         else:
             block = gl.where(block < blocks // 2, block, blocks)
-    first_row = gl.minimum(block * (2 * ROWS), rows_total)
-    last_row = gl.minimum(first_row + 2 * ROWS, rows_total) - 1
-    begin, full_begin, full_end, end = key_ranges(
+    first_row = gl.minimum(block * BLOCK_M, rows_total)
+    last_row = gl.minimum(first_row + BLOCK_M, rows_total) - 1
+    begin, _, _, end = key_ranges(
         first_row, last_row, cols_total - rows_total, cols_total, window_left, window_right,
         BLOCK_N, MASK_LEFT, MASK_RIGHT,
     )  # fmt: skip
     if first_row >= rows_total:
         end = begin
-    return (
-        batch, head, first_row, start_q, rows_total, start_k, cols_total,
-        begin, full_begin, full_end, end,
-    )  # fmt: skip
+    return batch, head, first_row, start_q, rows_total, start_k, cols_total, begin, end
 
 
 @gluon.jit
@@ -73,24 +72,24 @@ def _load(
     q, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, q_desc, k_desc, v_desc,
     q_batch_rows, k_batch_rows, v_batch_rows, stride_qh, stride_kh, stride_vh, group_size,
     steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VEC: gl.constexpr, VARLEN: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VEC: gl.constexpr, VARLEN: gl.constexpr,
     MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Copy the queries of each tile of this program, and its keys and values into their rings."""
-    q_bytes: gl.constexpr = 2 * ROWS * q.shape[2] * 2
+    q_bytes: gl.constexpr = BLOCK_M * q.shape[2] * 2
     loaded = 0  # tiles of keys
     tiles_q = 0
     for step in range(0, steps):
-        batch, head, first_row, start_q, _, start_k, _, begin, _, _, end = _rows_and_keys(
+        batch, head, first_row, start_q, _, start_k, _, begin, end = _rows_and_keys(
             step, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-            BLOCK_N, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
+            BLOCK_M, BLOCK_N, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
         )  # fmt: skip
         if begin < end:
             row = batch * q_batch_rows + start_q + first_row
             mbarrier.wait(q_empty, (tiles_q & 1) ^ 1)
             mbarrier.expect(q_full, q_bytes)
-            load(q_desc, [row, head * stride_qh * VEC], q_full, q.index(0))
-            load(q_desc, [row + ROWS, head * stride_qh * VEC], q_full, q.index(1))
+            for part in gl.static_range(BLOCK_M // ROWS):
+                load(q_desc, [row + part * ROWS, head * stride_qh * VEC], q_full, q.index(part))
             tiles_q += 1
             k_row = batch * k_batch_rows + start_k
             v_row = batch * v_batch_rows + start_k
@@ -112,6 +111,35 @@ def _scores_of(q, keys, k_full, tile, BLOCK_N: gl.constexpr, STAGES: gl.constexp
 
 
 @gluon.jit
+def _my_turn(turns, tile, PART: gl.constexpr, PARTS: gl.constexpr):
+    """Wait until the warpgroup before has started its products of this tile, for the first one of the tile before.
+
+    Three warpgroups in step would want the matrix units together, and leave them idle together.
+    """
+    if PARTS > 2:
+        mbarrier.wait(turns.index(PART), (tile & 1) ^ (PART == 0))
+
+
+@gluon.jit
+def _next_turn(turns, PART: gl.constexpr, PARTS: gl.constexpr):
+    if PARTS > 2:
+        mbarrier.arrive(turns.index((PART + 1) % PARTS), count=1)
+
+
+@gluon.jit
+def _rounded(p, dtype: gl.constexpr):
+    """p as dtype, two numbers at a time, which the compiler otherwise takes apart and joins again in every tile."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:  # noqa: RET505 - Gluon's compiler wants one return per branch
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.float16, is_pure=True, pack=2
+        )
+
+
+@gluon.jit
 def _softmax(s, row_max, row_sum, start, first_col, last_col, scale, MASKED: gl.constexpr, BLOCK_N: gl.constexpr):
     """P of a tile, the new maximum and sum of each row, and what the accumulator is multiplied with."""
     if MASKED:
@@ -128,35 +156,46 @@ def _softmax(s, row_max, row_sum, start, first_col, last_col, scale, MASKED: gl.
 
 @gluon.jit
 def _attend_tiles(
-    acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, begin, first_tile, end_tile,
-    first_col, last_col, scale, MASKED: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, turns, begin, first_tile, end_tile,
+    first_col, last_col, scale,
+    MASKED: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Tiles [first_tile, end_tile) of those from column begin on; p is that of the tile before, still to be used."""
     for tile in range(first_tile, end_tile):
         stage = (tile - 1) % STAGES
+        _my_turn(turns, tile, PART, PARTS)
         s = _scores_of(q, keys, k_full, tile, BLOCK_N, STAGES)
         mbarrier.wait(v_full.index(stage), ((tile - 1) // STAGES) & 1)
         acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
+        _next_turn(turns, PART, PARTS)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(tile % STAGES), count=1)
         p_next, row_max, row_sum, factor = _softmax(
             s, row_max, row_sum, begin + tile * BLOCK_N, first_col, last_col, scale, MASKED, BLOCK_N
         )
+        p_next = _rounded(p_next, keys.dtype)
+        if values.shape[2] == 128:
+            # Has long come: ptxas would move the wait for P V in front of the softmax, but not over a loop.  That
+            # is faster at this head dim alone.
+            mbarrier.wait(v_full.index(stage), ((tile - 1) // STAGES) & 1)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(stage), count=1)
         acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
-        p = gl.convert_layout(p_next.to(keys.dtype), p.type.layout)
+        p = gl.convert_layout(p_next, p.type.layout)
     return acc, p, row_max, row_sum
 
 
 @gluon.jit
 def _attend_rows(
-    q, keys, values, q_empty, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr, loaded, begin, full_begin, full_end,
-    end, first_row, rows_total, cols_total, window_left, window_right, scale, stride_om,
-    BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    q, keys, values, q_empty, k_full, k_empty, v_full, v_empty, turns, out_ptr, lse_ptr, loaded, begin, end,
+    first_row, rows_total, cols_total, window_left, window_right, scale, stride_om,
+    PART: gl.constexpr, PARTS: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """Attention of ROWS rows; out_ptr and lse_ptr are those of the first; loaded: tiles of keys before these."""
+    """Attention of ROWS rows; out_ptr and lse_ptr are those of the first.
+
+    begin and end are of the keys of all warpgroups' rows, loaded is the number of tiles before these.
+    """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
@@ -170,30 +209,38 @@ def _attend_rows(
     row_sum = gl.zeros([ROWS], gl.float32, row_layout)
     acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, out_layout)
     if begin < end:
+        _my_turn(turns, loaded, PART, PARTS)
         s = _scores_of(q, keys, k_full, loaded, BLOCK_N, STAGES)
+        _next_turn(turns, PART, PARTS)
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_empty.index(loaded % STAGES), count=1)
         p, row_max, row_sum, _ = _softmax(s, row_max, row_sum, begin, first_col, last_col, scale, True, BLOCK_N)
-        p = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, out_layout, 2))
-        tiles = gl.cdiv(end - begin, BLOCK_N)
+        p = gl.convert_layout(_rounded(p, dtype), gl.DotOperandLayout(0, out_layout, 2))
+        # Of these rows alone; a part behind the sequence computes something that nobody stores.
+        _, full_begin, full_end, own_end = key_ranges(
+            gl.minimum(first_row, rows_total - 1), gl.minimum(first_row + ROWS, rows_total) - 1,
+            cols_total - rows_total, cols_total, window_left, window_right, BLOCK_N, MASK_LEFT, MASK_RIGHT,
+        )  # fmt: skip
+        all_tiles = gl.cdiv(end - begin, BLOCK_N)
+        tiles = gl.maximum(gl.cdiv(own_end - begin, BLOCK_N), 1)
         first_full = gl.minimum(gl.maximum((full_begin - begin) // BLOCK_N, 1), tiles)
-        end_full = gl.maximum((full_end - begin) // BLOCK_N, first_full)
+        end_full = gl.minimum(gl.maximum((full_end - begin) // BLOCK_N, first_full), tiles)
         begin -= loaded * BLOCK_N
         if MASK_LEFT:
             acc, p, row_max, row_sum = _attend_tiles(
-                acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, begin,
+                acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, turns, begin,
                 loaded + 1, loaded + first_full,
-                first_col, last_col, scale, True, BLOCK_N, STAGES,
+                first_col, last_col, scale, True, PART, PARTS, BLOCK_N, STAGES,
             )  # fmt: skip
         acc, p, row_max, row_sum = _attend_tiles(
-            acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, begin,
+            acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, turns, begin,
             loaded + first_full, loaded + end_full,
-            first_col, last_col, scale, False, BLOCK_N, STAGES,
+            first_col, last_col, scale, False, PART, PARTS, BLOCK_N, STAGES,
         )  # fmt: skip
         acc, p, row_max, row_sum = _attend_tiles(
-            acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, begin,
+            acc, p, row_max, row_sum, q, keys, values, k_full, k_empty, v_full, v_empty, turns, begin,
             loaded + end_full, loaded + tiles,
-            first_col, last_col, scale, True, BLOCK_N, STAGES,
+            first_col, last_col, scale, True, PART, PARTS, BLOCK_N, STAGES,
         )  # fmt: skip
         mbarrier.arrive(q_empty, count=1)
         last = loaded + tiles - 1
@@ -205,6 +252,15 @@ def _attend_rows(
         acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(stage), count=1)
+        # Later rows see them.
+        for tile in range(loaded + tiles, loaded + all_tiles):
+            _my_turn(turns, tile, PART, PARTS)
+            stage = tile % STAGES
+            mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
+            mbarrier.wait(v_full.index(stage), (tile // STAGES) & 1)
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            _next_turn(turns, PART, PARTS)
     # As in the Triton kernel: a row without a key, and one that sees nothing but NaN.
     dead = (row_max == float("-inf")) & (row_sum == 0.0)
     inverse = gl.where(dead, 0.0, 1.0 / gl.where(dead, 1.0, row_sum))
@@ -220,19 +276,19 @@ def _attend_rows(
 
 @gluon.jit
 def _attend(
-    q, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr, stride_lb, stride_lh,
+    q, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, out_ptr, lse_ptr, stride_lb, stride_lh,
     steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     scale, PART: gl.constexpr, BLOCK_DV: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr,
     MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
-    """Attention of a half of the rows of each tile of this program."""
+    """Attention of a warpgroup's rows of each tile of this program."""
     loaded = 0
     tiles_q = 0
     for step in range(0, steps):
-        batch, head, first_row, start_q, rows_total, _, cols_total, begin, full_begin, full_end, end = _rows_and_keys(
+        batch, head, first_row, start_q, rows_total, _, cols_total, begin, end = _rows_and_keys(
             step, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-            BLOCK_N, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
+            BLOCK_M, BLOCK_N, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
         )  # fmt: skip
         if begin < end:
             mbarrier.wait(q_full, tiles_q & 1)
@@ -245,11 +301,39 @@ def _attend(
                 row64 += batch.to(gl.int64) * seqlen_q
             out = out_ptr + (row64 * nheads + head) * BLOCK_DV
             _attend_rows(
-                q, keys, values, q_empty, k_full, k_empty, v_full, v_empty, out, lse, loaded, begin, full_begin,
-                full_end, end, first_row, rows_total, cols_total, window_left, window_right, scale, nheads * BLOCK_DV,
-                BLOCK_DV, BLOCK_N, STAGES, MASK_LEFT, MASK_RIGHT,
+                q.index(PART), keys, values, q_empty, k_full, k_empty, v_full, v_empty, turns, out, lse, loaded,
+                begin, end, first_row, rows_total, cols_total, window_left, window_right, scale, nheads * BLOCK_DV,
+                PART, BLOCK_M // ROWS, BLOCK_DV, BLOCK_N, STAGES, MASK_LEFT, MASK_RIGHT,
             )  # fmt: skip
         loaded += gl.cdiv(gl.maximum(end - begin, 0), BLOCK_N)
+
+
+@gluon.jit
+def _work(
+    q, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, q_desc, k_desc, v_desc,
+    out_ptr, lse_ptr, stride_lb, stride_lh, q_batch_rows, k_batch_rows, v_batch_rows, stride_qh, stride_kh, stride_vh,
+    group_size, steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, scale,
+    PART: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    VEC: gl.constexpr, VARLEN: gl.constexpr,
+    MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr, PAIRED: gl.constexpr,
+):  # fmt: skip
+    """What a warpgroup does, or for the last PART the warp that copies."""
+    if PART == BLOCK_M // ROWS:
+        _load(
+            q, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, q_desc, k_desc, v_desc,
+            q_batch_rows, k_batch_rows, v_batch_rows, stride_qh, stride_kh, stride_vh, group_size,
+            steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right,
+            cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+            BLOCK_M, BLOCK_N, STAGES, VEC, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
+        )  # fmt: skip
+    else:
+        _attend(
+            q, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, out_ptr, lse_ptr,
+            stride_lb, stride_lh, steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right,
+            cu_seqlens_q_ptr, cu_seqlens_k_ptr, scale,
+            PART, BLOCK_DV, BLOCK_M, BLOCK_N, STAGES, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
+        )  # fmt: skip
 
 
 @kernel(gluon.jit)
@@ -264,13 +348,15 @@ def attn_fwd_hopper_kernel(
     seqlen_q: gl.int32, seqlen_k: gl.int32, num_blocks: gl.int32,
     scale: gl.float32, softcap_log2: gl.float32, window_left: gl.int32, window_right: gl.int32,
     dropout_threshold: gl.int32, dropout_rescale: gl.float32,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VEC: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VEC: gl.constexpr,
     VARLEN: gl.constexpr, MASK_LEFT: gl.constexpr, MASK_RIGHT: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 2 * ROWS queries of one head, one after another."""
+    """Tiles of BLOCK_M queries of one head, one after another."""
+    PARTS: gl.constexpr = BLOCK_M // ROWS
     dtype: gl.constexpr = k_desc.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    q = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_D], tile_layout)
+    q = gl.allocate_shared_memory(dtype, [PARTS, ROWS, BLOCK_D], tile_layout)
     keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], tile_layout)
     values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_DV], tile_layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -279,10 +365,13 @@ def attn_fwd_hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [PARTS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
-    init_ring(k_full, k_empty, STAGES)
-    init_ring(v_full, v_empty, STAGES)
+    mbarrier.init(q_empty, count=PARTS)
+    init_ring(k_full, k_empty, STAGES, PARTS)
+    init_ring(v_full, v_empty, STAGES, PARTS)
+    for part in gl.static_range(PARTS):
+        mbarrier.init(turns.index(part), count=1)
     fence_async_shared()
     barrier()
     steps = gl.cdiv(num_blocks * batch_heads - gl.program_id(0), gl.num_programs(0))
@@ -291,29 +380,18 @@ def attn_fwd_hopper_kernel(
 
     gl.warp_specialize(
         [
-            (_attend, (
-                q.index(0), keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr,
-                stride_lb, stride_lh, steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right,
-                cu_seqlens_q_ptr, cu_seqlens_k_ptr, scale,
-                0, BLOCK_DV, BLOCK_N, STAGES, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
-            )),
-            (_attend, (
-                q.index(1), keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr,
-                stride_lb, stride_lh, steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right,
-                cu_seqlens_q_ptr, cu_seqlens_k_ptr, scale,
-                1, BLOCK_DV, BLOCK_N, STAGES, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
-            )),
-            (_load, (
-                q, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, q_desc, k_desc, v_desc,
-                (stride_qb // stride_qm).to(gl.int32), (stride_kb // stride_kn).to(gl.int32),
-                (stride_vb // stride_vn).to(gl.int32), stride_qh.to(gl.int32), stride_kh.to(gl.int32),
-                stride_vh.to(gl.int32), group_size,
+            (_work, (
+                q, keys, values, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, q_desc, k_desc, v_desc,
+                out_ptr, lse_ptr, stride_lb, stride_lh, (stride_qb // stride_qm).to(gl.int32),
+                (stride_kb // stride_kn).to(gl.int32), (stride_vb // stride_vn).to(gl.int32), stride_qh.to(gl.int32),
+                stride_kh.to(gl.int32), stride_vh.to(gl.int32), group_size,
                 steps, num_blocks, nheads, seqlen_q, seqlen_k, window_left, window_right,
-                cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-                BLOCK_N, STAGES, VEC, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
-            )),
+                cu_seqlens_q_ptr, cu_seqlens_k_ptr, scale,
+                part, BLOCK_DV, BLOCK_M, BLOCK_N, STAGES, VEC, VARLEN, MASK_LEFT, MASK_RIGHT, PAIRED,
+            ))
+            for part in ((0, 1, 2) if PARTS == 2 else (0, 1, 2, 3))
         ],
         # Warps of the workers and registers of a thread.
-        [4, 1],
-        [240, 24],
+        [4, 1] if PARTS == 2 else [4, 4, 1],
+        [240, 24] if PARTS == 2 else [160, 160, 24],
     )  # fmt: skip

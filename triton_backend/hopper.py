@@ -47,11 +47,11 @@ def clear_from(tile, rows_left, TILE_ROWS: gl.constexpr):
 
 
 @gluon.jit
-def init_ring(full, empty, STAGES: gl.constexpr):
-    """Barriers of a ring that one warp fills and two warpgroups empty."""
+def init_ring(full, empty, STAGES: gl.constexpr, READERS: gl.constexpr = 2):
+    """Barriers of a ring that one warp fills and so many warpgroups empty."""
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=READERS)
 
 
 @gluon.jit

@@ -162,7 +162,7 @@ class Plan:
 #: Values of options that the Gluon kernels are written for.
 _GLUON_OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {
     "forward": {
-        "BLOCK_M": (128,),
+        "BLOCK_M": (128, 192),
         "BLOCK_N": (64, 128),
         "BLOCK_K": (0,),
         "num_warps": (4,),
@@ -188,8 +188,13 @@ _GLUON_OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 def _check_implementation(kernel: str, entry: KernelConfig, plain: bool) -> None:
-    """Raise ConfigError where the Gluon kernel of this name does not take the call or the value of an option."""
+    """Raise ConfigError where the kernel of this name does not take the value of an option, or Gluon's the call."""
     if entry.implementation != "gluon":
+        if entry.BLOCK_M & (entry.BLOCK_M - 1):
+            raise ConfigError(
+                f"{kernel}: {entry.describe()}: expected a power of two for BLOCK_M with implementation=triton, got "
+                f"{entry.BLOCK_M}. Hint: the forward kernel with implementation=gluon takes it"
+            )
         return
     if not plain:
         raise ConfigError(
