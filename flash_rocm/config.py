@@ -8,8 +8,9 @@ One file per arch, ``<arch>.json``; ``generic.json`` serves archs without one.  
                                                     what calls take from C++ where that is built
 
     ENTRY = {"kernel": "forward" | "backward_dq" | "backward_dkdv" | "probs" | "decode" | "prefill" | "mla",
-             "match": {"dtype": [...], "headdim": [min, max], "seqlen": [min, max], "page_size": [min, max],
-                       "causal": true | false, "masked": ..., "varlen": ..., "plain": ...},      each optional
+             "match": {"dtype": [...], "headdim": [min, max], "seqlen": [min, max], "shorter": [min, max],
+                       "page_size": [min, max], "causal": true | false, "masked": ..., "varlen": ...,
+                       "plain": ...},                                    each optional
              "options": {"BLOCK_M": 128, ...},
              "limits": {"vgpr_spills": 0, "loop_scratch": 0, "waves_per_simd": 1, "R": 0.85,
                         "oldest_spills": 0},                             each optional

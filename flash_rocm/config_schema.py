@@ -29,7 +29,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 REQUIRED_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 COMPILER_OPTIONS = ("num_warps", "num_stages", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
 #: What entries match by a range, and the smallest value there is.
-RANGES = {"headdim": 1, "seqlen": 1, "page_size": 0}
+RANGES = {"headdim": 1, "seqlen": 1, "shorter": 1, "page_size": 0}
 FLAGS = ("causal", "masked", "varlen", "plain")
 MATCH_KEYS = ("dtype", *RANGES, *FLAGS)
 #: Smallest value of each limit; "R" may have a fraction.
@@ -91,8 +91,8 @@ class Facts:
     """What entries match on.
 
     ``headdim`` is the padded one (a power of two, the larger of q's and v's; where q has two parts, as in MLA, the
-    sum of both), ``seqlen`` the longer side rounded up to a power of two; ``masked``: a causal or a window mask
-    applies; ``page_size`` 0: no pages;
+    sum of both), ``seqlen`` the longer side rounded up to a power of two, ``shorter`` the other side likewise;
+    ``masked``: a causal or a window mask applies; ``page_size`` 0: no pages;
     ``plain``: softmax of scaled scores and nothing else, in a layout of aligned 16-byte rows, not checked.
     """
 
@@ -104,6 +104,7 @@ class Facts:
     varlen: bool
     page_size: int = 0
     plain: bool = False
+    shorter: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Match:
     dtype: tuple[str, ...] = ()
     headdim: tuple[int, int] = (1, _UNLIMITED)
     seqlen: tuple[int, int] = (1, _UNLIMITED)
+    shorter: tuple[int, int] = (1, _UNLIMITED)
     page_size: tuple[int, int] = (0, _UNLIMITED)
     causal: bool | None = None
     masked: bool | None = None

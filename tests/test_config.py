@@ -166,6 +166,7 @@ def test_schema_json_documents_what_is_checked() -> None:
         ({"dtype": ["float16", "bfloat16"]}, {"dtype": "float16"}, {"dtype": "float32"}),
         ({"headdim": [64, 128]}, {"headdim": 64}, {"headdim": 256}),
         ({"seqlen": [1, 1024]}, {"seqlen": 1024}, {"seqlen": 2048}),
+        ({"shorter": [64, 1024]}, {"shorter": 64}, {"shorter": 32}),
         ({"causal": True}, {"causal": True, "masked": True}, {"masked": True}),
         ({"masked": False}, {"varlen": True}, {"masked": True}),
         ({"varlen": True}, {"varlen": True}, {"varlen": False}),
@@ -185,11 +186,12 @@ def test_facts_of_a_problem() -> None:
     from flash_rocm._triton.plan import facts_of
 
     fields = dict(dtype=torch.float16, headdim=96, headdim_v=40, seqlen_q=5, seqlen_k=1025, nheads=2, batch=1)
-    assert facts_of(make_problem(**fields)) == Facts("float16", 128, 2048, False, False, False)
+    assert facts_of(make_problem(**fields)) == Facts("float16", 128, 2048, False, False, False, shorter=8)
     window = facts_of(make_problem(**fields, window_left=3, window_right=0, varlen=True))
-    assert window == Facts("float16", 128, 2048, causal=False, masked=True, varlen=True)
+    assert window == Facts("float16", 128, 2048, causal=False, masked=True, varlen=True, shorter=8)
     assert facts_of(make_problem(**fields | {"seqlen_k": 1024}, window_right=0)).causal
-    assert facts_of(make_problem(**fields | {"seqlen_q": 0, "seqlen_k": 0})).seqlen == 1
+    empty = facts_of(make_problem(**fields | {"seqlen_q": 0, "seqlen_k": 0}))
+    assert (empty.seqlen, empty.shorter) == (1, 1)
 
 
 def test_inherited_files_are_used_whole(tmp_path: pathlib.Path) -> None:
@@ -270,7 +272,7 @@ WRONG = {
     "no option": ({"triton": [ENTRY | {"options": {"BLOCK_M": 64}}]}, "options.BLOCK_N: expected a value, got none"),
     "match key": (
         changed("match", heads=3),
-        "match.heads: expected one of the keys dtype, headdim, seqlen, page_size, ",
+        "match.heads: expected one of the keys dtype, headdim, seqlen, shorter, page_size, ",
     ),
     "dtype": (changed("match", dtype=["fp8"]), "match.dtype: expected one of float16, bfloat16, float32, got 'fp8'"),
     "dtypes": (changed("match", dtype="float16"), "match.dtype: expected a list of float16, bfloat16, float32"),

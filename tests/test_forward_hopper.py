@@ -121,27 +121,29 @@ def test_tuned_entries_are_of_the_triton_kernel(tmp_path: Any, monkeypatch: pyte
 
 
 def test_long_sequences_take_three_warpgroups() -> None:
-    """At head dim 64, without a mask from 4096 on, with one from 8192 on."""
+    """At head dim 64, without a mask from 4096 on, with one from 8192 on; short sides would leave some idle."""
     from flash_rocm._triton.plan import plan
 
     def rows(**fields: Any) -> int:
         return plan("forward", problem(**fields), SM90, None, True).config.BLOCK_M
 
-    assert rows(headdim=64, seqlen_k=2048) == 128 and rows(headdim=64, seqlen_k=4096) == 192
-    assert rows(headdim=64, seqlen_k=4096, window_right=0) == 128
-    assert rows(headdim=64, seqlen_k=8192, window_right=0) == 192
-    assert rows(headdim=128, seqlen_k=8192) == 128
+    long = {"headdim": 64, "seqlen_q": 8192, "seqlen_k": 8192}
+    assert rows(**long) == rows(**long, window_right=0) == rows(**long | {"seqlen_q": 2048}) == 192
+    assert rows(**long | {"seqlen_q": 4096, "seqlen_k": 4096}) == 192
+    assert rows(**long | {"seqlen_q": 4096, "seqlen_k": 4096}, window_right=0) == 128
+    for fields in ({"seqlen_q": 1024}, {"seqlen_k": 77}, {"varlen": True}, {"headdim": 128}):
+        assert rows(**long | fields) == 128
 
 
 @needs_compiler
-@pytest.mark.parametrize(("headdim", "seqlen_k"), ((64, 512), (64, 8192), (128, 512), (256, 512)))
+@pytest.mark.parametrize(("headdim", "seqlen"), ((64, 512), (64, 8192), (128, 512), (256, 512)))
 @pytest.mark.parametrize("mask", ({}, {"window_right": 0}, {"window_left": 100, "window_right": 7}), ids=str)
-def test_compiles_for_hopper(mask: dict[str, int], headdim: int, seqlen_k: int) -> None:
+def test_compiles_for_hopper(mask: dict[str, int], headdim: int, seqlen: int) -> None:
     """Products do not wait for each other, next to nothing spills, and there are as many as the loops ask for."""
     from flash_rocm._triton.offline import compile_kernel, ptxas_report
     from flash_rocm._triton.plan import plan
 
-    found = problem(headdim=headdim, seqlen_k=seqlen_k, **mask)
+    found = problem(headdim=headdim, seqlen_q=seqlen, seqlen_k=seqlen, **mask)
     current = plan("forward", found, SM90, None, True)
     compiled = compile_kernel("forward", found, SM90)
     # The first tile's scores, the last one's values, and both in each loop, for each warpgroup.

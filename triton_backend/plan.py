@@ -57,17 +57,18 @@ def rounds_in_software(arch: Arch) -> bool:
 
 def facts_of(problem: AttentionProblem, plain: bool = False) -> Facts:
     """What config entries match on."""
-    longest = max(problem.seqlen_q, problem.seqlen_k, 1)
+    shorter, longer = sorted((max(problem.seqlen_q, 1), max(problem.seqlen_k, 1)))
     first, second = score_dims(problem)
     return Facts(
         dtype=str(problem.dtype).removeprefix("torch."),
         headdim=max(block_d(first) + (block_d(second) if second else 0), block_d(problem.headdim_v)),
-        seqlen=1 << (longest - 1).bit_length(),
+        seqlen=1 << (longer - 1).bit_length(),
         causal=problem.causal,
         masked=is_masked(problem),
         varlen=problem.varlen,
         page_size=problem.page_size,
         plain=plain,
+        shorter=1 << (shorter - 1).bit_length(),
     )
 
 
