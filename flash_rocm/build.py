@@ -82,7 +82,8 @@ def tasks_of(cases: Sequence[Case], layouts: Sequence[str], source: ConfigSource
                         nheads_k=problem.nheads // group,
                         varlen=layout == "varlen",
                     )
-                    found[planner.kernel_config(case.kernel, problem, arch, source)] = problem
+                    plain = planner.is_built_plain(case.kernel, problem)
+                    found[planner.kernel_config(case.kernel, problem, arch, source, plain)] = problem
             for problem in found.values():
                 yield workers.Task(case.kernel, problem, arch, source, with_host_part=True)
 

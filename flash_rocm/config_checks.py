@@ -94,6 +94,12 @@ def check_reach(where: str, kernel: str, options: Mapping[str, int], archs: Iter
             f"{where}.{key}: expected {OPTIONS[key][0]} or no value, {who} does not use it, got {options[key]}. "
             f"Hint: leave it out here, it acts {acts} only"
         )
+    rows, reach = options.get("BLOCK_M", 1), REACH["implementation"]
+    if rows & (rows - 1) and (kernel != "forward" or not all(arch.startswith(reach.archs) for arch in archs)):
+        raise ConfigError(
+            f"{where}.BLOCK_M: expected a power of two, got {rows}. Hint: others are for forward with "
+            f"implementation=gluon, on {', '.join(f'{name}*' for name in reach.archs)} only"
+        )
 
 
 def check_all_options(where: str, kernel: str, raw: Any, archs: Iterable[str]) -> dict[str, int]:

@@ -121,6 +121,19 @@ def test_every_config_that_a_length_takes_is_built(tmp_path: pathlib.Path) -> No
     assert {task.problem.seqlen_k > 512 for task in tasks if not task.problem.varlen} == {False, True}
 
 
+def test_what_plain_calls_take_is_built() -> None:
+    """The Gluon kernels of head dim 64: of short sequences, and dense ones of long ones."""
+    from flash_rocm._triton.plan import plan
+
+    tasks = list(build.tasks_of([Case("sm90", "forward", "bf16", 64, "full")], build.LAYOUTS, None))
+    found = [(task.problem.varlen, plan("forward", task.problem, task.arch, None, True).config) for task in tasks]
+    assert {(varlen, config.implementation, config.BLOCK_M) for varlen, config in found} == {
+        (False, "gluon", 128),
+        (False, "gluon", 192),
+        (True, "gluon", 128),
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

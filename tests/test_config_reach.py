@@ -68,6 +68,14 @@ def test_implementations_that_do_not_exist(arch: str, kernel: str, text: str, tm
     assert_refused(source, arch, start + text)
 
 
+@pytest.mark.parametrize(("arch", "kernel"), [("gfx942", "forward"), ("generic", "forward"), ("sm90", "decode")])
+def test_rows_that_only_a_gluon_kernel_takes(arch: str, kernel: str, tmp_path: pathlib.Path) -> None:
+    entry = ENTRY | {"kernel": kernel, "options": OPTIONS | {"BLOCK_M": 192}}
+    folder = write(tmp_path, arch, triton=[entry])
+    with pytest.raises(ConfigError, match=r"options\.BLOCK_M: expected a power of two, got 192\. Hint: others are for"):
+        config.lookup("gfx1250" if arch == "generic" else arch, kernel, FACTS, folder)
+
+
 @pytest.mark.parametrize(("option", "value", "arch"), ACTS)
 def test_where_it_acts(option: str, value: int, arch: str, tmp_path: pathlib.Path) -> None:
     source = write(tmp_path, arch, triton=[ENTRY | {"options": OPTIONS | {option: value}}])

@@ -122,9 +122,9 @@ def test_larger_chips_divide_keys_more() -> None:
     ((32, 512, 0, 1), (32, 1024, 0, 1), (32, 2048, 0, 1), (8, 2048, 0, 4), (32, 4096, 16, 2), (16, 8192, 16, 4)),
 )
 def test_enough_warps_read_all_that_memory_gives(batch: int, keys: int, page_size: int, expected: int) -> None:
-    """On an H200 the fastest of 1, 2, 3, 4 and 8 parts, as measured: four warps on a multiprocessor are enough.
+    """Four warps on a multiprocessor are enough; of a dense cache a workgroup has two, of pages one.
 
-    Of a dense cache a workgroup has two, of pages one.
+    On an H200 each of the dense ones is the fastest of 1, 2, 3, 4 and 8 parts, as measured.
     """
     pytest.importorskip("triton", reason="asks the Triton back end")
     from flash_rocm._triton import cached, plan
@@ -135,6 +135,23 @@ def test_enough_warps_read_all_that_memory_gives(batch: int, keys: int, page_siz
     )  # fmt: skip
     arch = nvidia_arch((9, 0), 132)
     assert cached.num_splits_of(problem, plan.cache_plan(problem, arch, None, False, True), arch) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    (({"headdim": 64}, 3), ({"headdim": 256}, 2), ({"dtype": torch.float32}, 8), ({"headdim": 512}, 7)),
+    ids=str,
+)
+def test_others_fill_the_memory_of_a_multiprocessor(fields: dict[str, Any], expected: int) -> None:
+    """How many warps are enough was measured for 16-bit keys at head dim 128 alone."""
+    pytest.importorskip("triton", reason="asks the Triton back end")
+    from flash_rocm._triton import plan
+
+    shape = dict(batch=1, seqlen_q=1, seqlen_k=32768, nheads=32, nheads_k=8, headdim=128, dtype=torch.bfloat16)
+    problem = make_problem(**shape | fields, device_type="cuda", window_right=0, cached=True)
+    arch = nvidia_arch((9, 0), 132)
+    found = plan.cache_plan(problem, arch, None, False, True)
+    assert plan.workgroups_per_cu(found, problem.dtype.itemsize, arch) == expected
 
 
 #: What is wrong, and how the text begins.

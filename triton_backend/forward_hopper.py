@@ -112,7 +112,7 @@ def _scores_of(q, keys, k_full, tile, BLOCK_N: gl.constexpr, STAGES: gl.constexp
 
 @gluon.jit
 def _my_turn(turns, tile, PART: gl.constexpr, PARTS: gl.constexpr):
-    """Wait until the warpgroup before has started its products of this tile, for the first one of the tile before.
+    """Wait until the part before has started its products of this tile, part 0 for the last part's of the one before.
 
     Three warpgroups in step would want the matrix units together, and leave them idle together.
     """
@@ -122,6 +122,7 @@ def _my_turn(turns, tile, PART: gl.constexpr, PARTS: gl.constexpr):
 
 @gluon.jit
 def _next_turn(turns, PART: gl.constexpr, PARTS: gl.constexpr):
+    """The products of a tile are started."""
     if PARTS > 2:
         mbarrier.arrive(turns.index((PART + 1) % PARTS), count=1)
 
@@ -175,8 +176,8 @@ def _attend_tiles(
         )
         p_next = _rounded(p_next, keys.dtype)
         if values.shape[2] == 128:
-            # Has long come: ptxas would move the wait for P V in front of the softmax, but not over a loop.  That
-            # is faster at this head dim alone.
+            # Has long come: ptxas would move the wait for P V in front of the softmax, but not over a loop.  At
+            # other head dims that was slower.
             mbarrier.wait(v_full.index(stage), ((tile - 1) // STAGES) & 1)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(stage), count=1)
@@ -252,7 +253,7 @@ def _attend_rows(
         acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(stage), count=1)
-        # Later rows see them.
+        # Tiles that later rows see alone: released after they have come, or it would count for the tile before.
         for tile in range(loaded + tiles, loaded + all_tiles):
             _my_turn(turns, tile, PART, PARTS)
             stage = tile % STAGES
@@ -391,7 +392,7 @@ def attn_fwd_hopper_kernel(
             ))
             for part in ((0, 1, 2) if PARTS == 2 else (0, 1, 2, 3))
         ],
-        # Warps of the workers and registers of a thread.
+        # Warps of the workers and registers of a thread, of which a multiprocessor has 512 for one of each warpgroup.
         [4, 1] if PARTS == 2 else [4, 4, 1],
         [240, 24] if PARTS == 2 else [160, 160, 24],
     )  # fmt: skip

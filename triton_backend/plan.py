@@ -188,13 +188,13 @@ _GLUON_OPTIONS: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
-def _check_implementation(kernel: str, entry: KernelConfig, plain: bool) -> None:
+def _check_implementation(kernel: str, entry: KernelConfig, plain: bool, headdim: int) -> None:
     """Raise ConfigError where the kernel of this name does not take the value of an option, or Gluon's the call."""
     if entry.implementation != "gluon":
         if entry.BLOCK_M & (entry.BLOCK_M - 1):
             raise ConfigError(
                 f"{kernel}: {entry.describe()}: expected a power of two for BLOCK_M with implementation=triton, got "
-                f"{entry.BLOCK_M}. Hint: the forward kernel with implementation=gluon takes it"
+                f"{entry.BLOCK_M}"
             )
         return
     if not plain:
@@ -208,6 +208,12 @@ def _check_implementation(kernel: str, entry: KernelConfig, plain: bool) -> None
                 f"{kernel}: {entry.describe()}: expected {name}={' or '.join(map(str, values))} with "
                 f"implementation=gluon, got {getattr(entry, name)}. Hint: implementation=triton takes other values"
             )
+    # Three warpgroups have registers for this head dim alone, and wait in turn for tiles that one stage cannot hold.
+    if entry.BLOCK_M == 192 and (headdim != 64 or entry.num_stages < 2):
+        raise ConfigError(
+            f"{kernel}: {entry.describe()}: expected BLOCK_M=128, or head dim 64 and num_stages >= 2, with "
+            f"implementation=gluon, got BLOCK_M=192, head dim {headdim} and num_stages={entry.num_stages}"
+        )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -221,7 +227,7 @@ def plan(
         plain: see :class:`flash_rocm.config_schema.Facts`.
     """
     entry = kernel_config(kernel, problem, arch, source, plain)
-    _check_implementation(kernel, entry, plain)
+    _check_implementation(kernel, entry, plain, problem.headdim)
     softcap, scale = problem.softcap, problem.softmax_scale
     constants: dict[str, Any] = {
         "HEADDIM": problem.headdim,
@@ -304,8 +310,8 @@ def is_built_plain(kernel: str, problem: AttentionProblem) -> bool:
 #: Bytes of shared memory of an NVIDIA multiprocessor; others have at least the last.
 _SHARED_BYTES = {"sm80": 164 << 10, "sm90": 228 << 10, "": 100 << 10}
 _MAX_WORKGROUPS_PER_CU = 8
-#: Warps of a multiprocessor with which a decode reads about as fast as with more, where that was measured: parts that
-#: only add warps cost their combination and gain nothing.
+#: Warps of a multiprocessor with which a decode of 16-bit keys at head dim 128, the next tiles on their way, reads
+#: about as fast as with more, as measured: parts that only add warps cost their combination and gain nothing.
 _WARPS_THAT_READ = {"sm90": 4}
 
 
@@ -321,7 +327,8 @@ def workgroups_per_cu(current: Plan, itemsize: int, arch: Arch) -> int:
     tiles = config.BLOCK_N * dims * itemsize * config.num_stages
     pool = CHIPS[arch.name].lds_pool if arch.name in CHIPS else _SHARED_BYTES.get(arch.name, _SHARED_BYTES[""])
     most = _MAX_WORKGROUPS_PER_CU
-    if current.kernel == "decode" and arch.name in _WARPS_THAT_READ:
+    measured = dims == 2 * 128 and itemsize == 2 and config.num_stages > 1
+    if measured and current.kernel == "decode" and arch.name in _WARPS_THAT_READ:
         most = max(_WARPS_THAT_READ[arch.name] // config.num_warps, 1)
     return min(max(pool // tiles, 1), most)
 
