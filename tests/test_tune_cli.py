@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 import pathlib
 from types import SimpleNamespace
@@ -260,6 +261,20 @@ def test_rules_take_the_calls_of_their_key_and_no_others(arch: str, tmp_path: pa
         assert is_tuned(seqlen=seqlen)
     assert not is_tuned(seqlen=2048) and not is_tuned(varlen=True) and not is_tuned(headdim=64)
     assert not is_tuned(causal=False) and not is_tuned(causal=False, masked=False) and not is_tuned(dtype="float16")
+
+
+@pytest.mark.parametrize(("headdim", "plain_takes"), [(128, "gluon"), (32, "triton")])
+def test_rules_leave_plain_calls_to_a_gluon_kernel(headdim: int, plain_takes: str, tmp_path: pathlib.Path) -> None:
+    """What was tuned is Triton's, of calls that no Gluon kernel takes."""
+    key = TuneKey("sm90", "forward", "bfloat16", headdim, "full", 4096, 1, False)
+    write.write(tmp_path, "sm90", [(key, Outcome(OPTIONS, MEASURED, 2e-3, 1e-3))])
+    source = runtime.ConfigSource(folder=str(tmp_path))
+    facts = Facts("bfloat16", headdim, 4096, causal=False, masked=False, varlen=False)
+    plain, other = (
+        config.lookup("sm90", "forward", dataclasses.replace(facts, plain=x), source) for x in (True, False)
+    )
+    assert plain.implementation == plain_takes
+    assert (other.implementation, other.BLOCK_M) == ("triton", 32)
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from typing import Any
 
 from flash_rocm import config, files
 from flash_rocm.config_checks import check_file
+from flash_rocm.config_schema import Facts
 from flash_rocm.tuned import PAGES, SEQLENS, CacheTuneKey, Outcome, TuneKey
 
 #: Sides of the buckets that take everything shorter and longer.
@@ -17,7 +18,10 @@ _SHORTEST, _LONGEST = 1, 1 << 30
 
 
 def match_of(key: TuneKey) -> dict[str, Any]:
-    """The rule that takes the calls of a key; files have none on how heads are grouped, on queries and on batches."""
+    """The rule that takes the calls of a key; files have none on how heads are grouped, on queries and on batches.
+
+    What was tuned is Triton's kernel: plain calls that a Gluon kernel is shipped for are left to it.
+    """
     low = _SHORTEST if key.seqlen == SEQLENS[0] else key.seqlen
     high = _LONGEST if key.seqlen == SEQLENS[1] else key.seqlen
     masks = {"full": {"masked": False}, "causal": {"causal": True}, "window": {"masked": True, "causal": False}}
@@ -26,7 +30,21 @@ def match_of(key: TuneKey) -> dict[str, Any]:
         # Buckets of page sizes are named by their smallest; what has no pages is one of its own.
         ends = dict(zip(PAGES, (*PAGES[1:], _LONGEST + 1), strict=True))
         rule["page_size"] = [key.page_size, ends[key.page_size] - 1]
-    return {**rule, **masks[key.mask], "varlen": key.varlen}
+    rule |= {**masks[key.mask], "varlen": key.varlen}
+    plain = Facts(
+        dtype=key.dtype,
+        headdim=key.headdim,
+        seqlen=key.seqlen,
+        causal=key.mask == "causal",
+        masked=key.mask != "full",
+        varlen=key.varlen,
+        page_size=key.page_size if isinstance(key, CacheTuneKey) else 0,
+        plain=True,
+        shorter=key.seqlen,
+    )
+    if config.lookup(key.arch, key.kernel, plain).implementation != "triton":
+        rule["plain"] = False
+    return rule
 
 
 def left_out_by(key: TuneKey) -> str:
