@@ -5,26 +5,27 @@ executed on the virtual GPU with all checks, compared with float64, and modelled
 models the shipped ones.  docs/kernels-amd.md has the figures.
 """
 
-import ctypes
 import math
 import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from flash_rocm._triton.compile import Pointer, compile_for
+from flash_rocm._triton.virtual import launch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.amd import AMDMFMALayout
 from triton.experimental.gluon.language.amd.cdna3 import buffer_load, buffer_store, mfma
 
-from flash_rocm.arch import arch_named
+import flash_rocm
+from flash_rocm.inspect.counts import is_scratch
 from flash_rocm.inspect.model import predict
-from flash_rocm.virtual import Checks, CodeObject, Launch, VirtualGpu, load_code_object
+from flash_rocm.virtual import Checks, Launch
 
 #: Version of the matrix layout, depth of a matrix instruction, and consecutive dims that a lane holds.
 CHIPS = {"gfx942": (3, 8, 4), "gfx950": (4, 16, 8)}
-BLOCK_M, NUM_WARPS = 128, 4
+BLOCK_M = 128
 
 
 @gluon.jit
@@ -86,40 +87,18 @@ def attn_fwd_trial_kernel(
     buffer_store(out, out_ptr + first_row * D, rows[:, None] * D + dims[None, :])
 
 
-def build(chip: str, headdim: int, block_n: int) -> tuple[CodeObject, str]:
-    """The kernel for a chip, and what its assembly says of its registers."""
+def run(chip: str, headdim: int, block_n: int, seqlen: int, on_launch: Callable[[Launch], Any]) -> list[torch.Tensor]:
+    """Compile for a chip and hand over a launch on its virtual GPU; q, k, v and out."""
     version, depth, k_width = CHIPS[chip]
     constants = {"D": headdim, "BLOCK_M": BLOCK_M, "BLOCK_N": block_n}
     constants |= {"VERSION": version, "DEPTH": depth, "K_WIDTH": k_width}
-    pointers = {name: Pointer(torch.bfloat16) for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")}
-    options = {"num_warps": NUM_WARPS, "waves_per_eu": 2}
-    compiled = compile_for(arch_named(chip), attn_fwd_trial_kernel, pointers, constants, options)
-    text = compiled.asm["amdgcn"]
-    registers = [line.strip() for line in text.splitlines() if ".vgpr_count" in line or ".vgpr_spill_count" in line]
-    code = load_code_object(compiled.asm["hsaco"], assembly=text, lds_bytes=compiled.metadata.shared)
-    return code, ", ".join(registers)
-
-
-def launch_of(code: CodeObject, chip: str, headdim: int, seqlen: int) -> tuple[Launch, list[torch.Tensor]]:
-    """A launch over random tensors, and these: q, k, v and out."""
+    options: Any = SimpleNamespace(options={"num_warps": 4, "waves_per_eu": 2})
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(seqlen, headdim, generator=generator).to(torch.bfloat16) for _ in range(4)]
-    gpu = VirtualGpu(chip)
-    addresses = []
-    for name, x in zip(("q", "k", "v", "out"), tensors, strict=True):
-        memory = (ctypes.c_uint8 * x.untyped_storage().nbytes()).from_address(x.data_ptr())
-        addresses.append(gpu.memory.add(name, np.frombuffer(memory, "uint8")))
     scale = headdim**-0.5 * math.log2(math.e)
-    launch = Launch(
-        gpu,
-        code,
-        grid=(seqlen // BLOCK_M, 1, 1),
-        block_threads=NUM_WARPS * 64,
-        kernargs=[*addresses, seqlen, scale, 0, 0],
-        order="lockstep",
-        owner=tensors,
-    )
-    return launch, tensors
+    with flash_rocm.virtual_gpu(chip, on_launch=on_launch):
+        launch(attn_fwd_trial_kernel, options, seqlen // BLOCK_M, tuple(tensors), (seqlen, scale), constants)
+    return tensors
 
 
 def error_of(tensors: list[torch.Tensor]) -> float:
@@ -129,16 +108,18 @@ def error_of(tensors: list[torch.Tensor]) -> float:
 
 
 def main(chip: str, headdim: int, block_n: int) -> None:
-    code, registers = build(chip, headdim, block_n)
-    launch, tensors = launch_of(code, chip, headdim, 512)
-    launch.run()
-    print(f"{chip} d{headdim}, tiles of {block_n}: {registers}; 512 tokens, all checks: error {error_of(tensors):.5f}")
-    launch, tensors = launch_of(code, chip, headdim, 2048)
-    stats: Any = launch.run(measure=True, checks=Checks.none())
-    found = predict(launch, stats, 4.0 * headdim * 2048 * 2048, 2)
-    longest = found.cycles[found.binding]
-    shares = ", ".join(f"{name} {cycles / longest:.2f}" for name, cycles in found.cycles.items())
-    print(f"2048 tokens, modelled: {found.tflops:.0f} TFLOP/s, error {error_of(tensors):.5f}, cycles {shares}")
+    def model(made: Launch) -> None:
+        stats = made.run(measure=True, checks=Checks.none())
+        found = predict(made, stats, 4.0 * headdim * 2048 * 2048, 2)
+        longest = found.cycles[found.binding]
+        shares = ", ".join(f"{name} {cycles / longest:.2f}" for name, cycles in found.cycles.items())
+        scratch = sum(is_scratch(each, chip) for each in made.code.program.instructions)
+        print(f"{made.code.descriptor.vgprs} VGPR, {scratch} scratch instructions")
+        print(f"modelled, 2048 tokens: {found.tflops:.0f} TFLOP/s, cycles {shares}")
+
+    error = error_of(run(chip, headdim, block_n, 512, Launch.run))
+    print(f"{chip} d{headdim}, tiles of {block_n}: executed with all checks, 512 tokens, error {error:.5f}")
+    print(f"error of 2048 tokens {error_of(run(chip, headdim, block_n, 2048, model)):.5f}")
 
 
 if __name__ == "__main__":
